@@ -352,7 +352,7 @@ def _peft_warnings(as_errors: list[str]) -> Iterator[None]:
     """Turn PEFT's warnings that contain one of these strings into errors; silence those that users can't act on."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # PEFT reads a property that transformers deprecates
-        warnings.filterwarnings("ignore", message=".*_pattern keys did not match")  # PEFT's own, for fused experts
+        warnings.filterwarnings("ignore", message=".*_pattern keys did not match")  # PEFT itself sets such patterns
         for text in as_errors:
             warnings.filterwarnings("error", message=f".*{text}")
         yield

@@ -347,17 +347,16 @@ def _load_prompts(
     accepted_kinds: Sequence[str],
     cache_dir: str | None,
     silent: bool,
-    prepared: dict[str, dict[str, PreparedPrompts]],
+    prepared: dict[str, PreparedPrompts],
 ) -> Sequence[Prompt]:
     """Load the prompts of one split; see `get_batch_iterator`, `prepare` and, for `path`, `get_dataset`."""
     built_in = DATASETS.get(choice.name)
     mode = choice.truncation if choice.truncation in KEPT_ENDS else built_in.truncation_mode if built_in else "keep_end"
     if built_in:
         return _built_in_prompts(choice.name, split, mode, tokenizer.eos_token, silent, cache_dir, path)
-    if choice.name not in prepared:
-        prepared[choice.name] = prepare(choice, settings, tokenizer, mode, accepted_kinds, cache_dir, silent)
-    prompts = prepared[choice.name][split]
-    if len(prompts) == 0:
+    if not prepared:
+        prepared |= prepare(choice, settings, tokenizer, mode, accepted_kinds, cache_dir, silent)
+    if len(prompts := prepared[split]) == 0:
         is_held_out = "test_rows" not in prompts.info
         reason = (
             "all prompts are held out for evaluation; add other prompts, make test_fraction smaller, or give a folder "
@@ -388,7 +387,7 @@ def get_batch_iterator(
     unpaired: bool = False,
     add_bos: bool = False,
     settings: Settings = Settings(),  # noqa: B008 (it is immutable)
-    prepared: dict[str, dict[str, PreparedPrompts]] | None = None,
+    prepared: dict[int, dict[str, PreparedPrompts]] | None = None,
 ) -> BatchIterator:
     """Iterate over batches of a split, for `n_epochs` or `n_examples`, whichever ends first.
 
@@ -402,15 +401,16 @@ def get_batch_iterator(
         seed: the random seed for the order of the examples.
         paths: for built-in datasets, folders or hub ids to load instead of the default ones.
         drop_last: if True, as in training, every batch is full: the remainder of an epoch is dropped, and n_examples is
-            rounded up to full batches. If False, the last batch may be smaller, and n_examples repeats no example.
+            rounded up to full batches. If False, the last batch may be smaller; without n_epochs, no example is
+            repeated, even if n_examples is larger than the split.
         shard: (index, count): divide each batch into `count` shards, and yield only this one.
         mismatched: add, under keys 'mismatched_...', each prompt with another prompt's responses, for KTO's estimate of
             the KL divergence.
         unpaired: also accept unpaired data: single responses, each marked good or bad.
         add_bos: begin every prompt with the tokenizer's beginning-of-sequence token.
         settings: how to read the user's own data.
-        prepared: prompts of the user's own datasets, by name and split. Both splits of a dataset are prepared together
-            and added here, so that the iterator over the other split finds them.
+        prepared: prompts of the user's own datasets, by position in `names` and by split. Both splits of a dataset are
+            prepared together and added here, so that the iterator over the other split finds them.
 
     Raises: UserError if a dataset can't be used or has less than one batch.
     """
@@ -421,9 +421,9 @@ def get_batch_iterator(
     lengths = {"max_length": max_length, "max_prompt_length": max_prompt_length, "add_bos": add_bos}
     prepared = {} if prepared is None else prepared
     parts: list[Sequence[Prompt]] = []
-    for choice in choices:
-        path = (paths or {}).get(choice.name)
-        part = _load_prompts(choice, split, path, settings, tokenizer, accepted_kinds, cache_dir, silent, prepared)
+    for position, choice in enumerate(choices):
+        path, splits = (paths or {}).get(choice.name), prepared.setdefault(position, {})
+        part = _load_prompts(choice, split, path, settings, tokenizer, accepted_kinds, cache_dir, silent, splits)
         if choice.truncation in ("drop", "error"):
             part = drop_overlong(part, choice, split, sft_mode, tokenizer, max_length, add_bos)
         if choice.name not in DATASETS and not sft_mode:  # the original keeps identical responses in its datasets

@@ -46,9 +46,9 @@ def policy_source(config: DictConfig) -> Source:
 def reference_source(config: DictConfig) -> Source:
     """Return the source of a second model that serves as the reference: by default, the policy's.
 
-    Weights are loaded in the order name_or_path, archive, adapter. Those before the first key that `reference_model`
-    sets are the policy's. Those after it are loaded only if `reference_model` sets them, too: the policy's belong to
-    another model.
+    Weights are loaded in the order name_or_path, archive, adapter. Before the first key that `reference_model` sets,
+    the policy's values apply. After it, only those of `reference_model` do, because the policy's archive and adapter
+    belong to another model.
     """
     policy, names = policy_source(config), ("name_or_path", "archive", "adapter")
     values = {name: OmegaConf.select(config, f"reference_model.{name}") for name in names}

@@ -95,8 +95,8 @@ class BasicTrainer:
             policy: the model to train, or a function that loads it, which is called after the data have been read.
             config: all keys, as `compose_config` returns them.
             reference_model: the model to compare with, or a function that loads it, which is called only if needed.
-            purpose: "train" also loads all data and makes an optimizer; "evaluate" also loads evaluation data; "sample"
-                loads only the models.
+            purpose: "sample" loads only the models; "evaluate" loads evaluation data, too; "train" loads all data and
+                makes an optimizer.
         """
         config = OmegaConf.create(config) if isinstance(config, dict) else config
         self.config, self.seed, self.run_dir = config, seed, run_dir
@@ -196,21 +196,21 @@ class BasicTrainer:
     def load_reference(self) -> nn.Module:
         """Load a second model as the reference, and check that the policy can be compared with it."""
         config, model = self.config, self._reference_model
-        is_another = bool(references.reference_source(config).given)
+        is_other_model = bool(references.reference_source(config).given)
         model = model if isinstance(model, nn.Module) else model()
         model = self.strategy.distribute(model, is_policy=False)
-        if is_another:
+        if is_other_model:
             models.check_reference_fits(model, self.policy, self.tokenizer, config)
         if self.moves_reference:
             references.check_reference_can_move(model, self.policy, config)
         if self.eval_iterator is not None and model.dtype == torch.float16:
             check_no_overflow(model, lambda model: self.plain_logps(model, self.eval_iterator.first_examples(2)))
-        if is_another or (self.layout.is_packed and not references.reference_has_policy_precision(config)):
+        if is_other_model or (self.layout.is_packed and not references.reference_has_policy_precision(config)):
             self.reference_layout = self._choose_layout(model)  # the dtype decides whether packed rows agree
         elif self.layout.is_packed:
             use_packed_attention(unwrap_adapter(model))
         if config.compile:
-            compile_blocks(model, None if is_another else config.model.block_name)
+            compile_blocks(model, None if is_other_model else config.model.block_name)
         return model
 
     def precompute_reference(self):
@@ -222,7 +222,7 @@ class BasicTrainer:
         is_needed = self.loss.needs_reference(config.loss) and config.precompute_ref_log_probs
         if is_needed and self.reference_cache is None:
             self.reference_cache = fill_cache(self)
-            if config.reference != "model":  # it shares the policy's weights, so keep it for samples
+            if config.reference != "model":  # this reference shares the policy's weights, so samples can use it
                 self.reference = references.make_reference(config.reference, self.policy, self.load_reference)
             elif config.sample_during_eval:
                 rank0_print("Reference freed: samples come from the policy only")
@@ -506,15 +506,15 @@ class BasicTrainer:
             for microbatch, loss in zip(parts, self._loss_functions(batch, parts, train=False), strict=True):
                 with torch.no_grad():
                     metrics = self.get_batch_metrics(microbatch, loss_config, False, loss)[1]
-                counted = self.counted(microbatch)
-                batch_metrics.append({key: values[counted] for key, values in metrics.items()})
+                is_counted = self.is_counted(microbatch)
+                batch_metrics.append({key: values[is_counted] for key, values in metrics.items()})
                 indices += [index for index in microbatch["index"] if index is not None]
             where, means = f"evaluation after {self.state.examples} examples", mean_metrics(batch_metrics)
             check_finite(where, batch["prompt"], self.config, means, loss=means["loss/eval"])
             all_metrics += batch_metrics
         return all_metrics, indices
 
-    def counted(self, batch: dict) -> torch.Tensor:
+    def is_counted(self, batch: dict) -> torch.Tensor:
         """Return a mask, (batch_size,): False for repetitions that only fill up an evaluation's last shard."""
         if "index" not in batch:  # a training batch
             return torch.ones(len(batch["prompt"]), dtype=torch.bool, device=self.device)

@@ -174,9 +174,9 @@ class Standard:
         distances = self.distances(ours)
         limits = [min(within * rounding, most) for rounding, most in zip(self.rounding, at_most, strict=True)]
         if not distances[0] <= limits[0]:  # also if it is NaN
-            return f"it changes log-probabilities by up to {self.nats(ours):.3g} nats"
+            return f"log-probabilities change by up to {self.nats(ours):.3g} nats"
         if not distances[1] <= limits[1]:
-            return f"it changes the gradient by {100 * distances[1]:.2g} %"
+            return f"the gradient changes by {100 * distances[1]:.2g} %"
         return None
 
     def nats(self, ours: Numbers) -> float:

@@ -36,7 +36,7 @@ from utils import UserError, first_line, rank0_print, unwrap_adapter
 # log-probabilities (nats / √tokens of the response) and gradients (relative). For docs/architectures.md's models,
 # correct layouts stay within 0.6 times rounding. In 16 bits, some wrong ones do, too; the absolute limits catch them.
 CHOSEN_WITHIN, CHOSEN_AT_MOST = 2, (0.1, 0.15)
-REFUSED_BEYOND = 8  # the multiple for the plain forward of a padded batch, to which there is no alternative
+REFUSED_BEYOND = 8  # the multiple for the plain forward of a padded batch, which is all that is left
 _RANDOM_BEYOND = 0.1  # the multiple for a second computation of the same batch, if the model draws random numbers
 _LEAK = 5e-4  # a causal model's `leak` (see `Numbers`) is 0, or at most this after rounding
 _DENSE_MASKS = ("eager", "sdpa")  # attention implementations that take a (B, 1, T, T) mask; others may crash on one
@@ -257,7 +257,7 @@ class ModelCheck:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # a forward of another form, or a compiler, may raise anything
-            reason = f"its forward fails with {_shortened(error)}"
+            reason = f"the forward pass fails with {_shortened(error)}"
         return self._agreed(reason)
 
     @staticmethod
@@ -277,8 +277,8 @@ class ModelCheck:
 def _excluding_design(model: nn.Module, layout: Layout, max_length: int) -> str | None:
     """Return why a model's design makes a layout's numbers wrong; None if it doesn't.
 
-    A comparison isn't enough: in 16 bits, the error may be within rounding. Attention windows exclude only rows with a
-    tree mask, in which the rejected response lies behind the chosen one; packed attention applies windows itself. A
+    A comparison isn't enough: in 16 bits, the error may be within rounding. Attention windows rule out only layouts
+    with a tree mask, where the rejected response lies behind the chosen one; packed attention applies windows itself. A
     window of max_length - 1 tokens is long enough, because the output of a sequence's last token is never used.
     """
     if not (layout.shares_prompts or layout.is_packed):

@@ -38,7 +38,7 @@ def _state_bytes_per_weight(optimizer: torch.optim.Optimizer, dtype: torch.dtype
 
 
 def step_one_by_one(optimizer: torch.optim.Optimizer):
-    """Let an optimizer update one tensor at a time: all at once (foreach), it needs a copy of all tensors."""
+    """Let an optimizer update one tensor at a time; updating all at once (foreach) needs a copy of all tensors."""
     for settings in (optimizer.defaults, *optimizer.param_groups):
         settings["foreach"] = False
 

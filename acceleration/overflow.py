@@ -1,4 +1,4 @@
-"""Check at the start that a float16 reference doesn't overflow: later, it would look like too high a learning rate."""
+"""Check at the start that a float16 reference doesn't overflow; in training, that would look like too high an lr."""
 
 from collections.abc import Callable
 

@@ -41,8 +41,8 @@ class Packing:
     longest_query: int  # queries in the longest segment
     longest_key: int  # keys in the segment with the most keys
     key_tokens: torch.Tensor | None = None  # (M,) index of each key's token in the row; None: key i is token i
-    first_key: torch.Tensor | None = None  # (N,) index of each token's first key
-    second_key: torch.Tensor | None = None  # (M - N,) indices of the keys that use a token for the second time
+    own_keys: torch.Tensor | None = None  # (N,) index of the key that each token computes
+    repeated_keys: torch.Tensor | None = None  # (M - N,) indices of the keys that use a token for the second time
 
     def to(self, device: torch.device | int, non_blocking: bool = False) -> "Packing":
         """Return the same segments on another device; accelerate calls this for layers on another GPU."""
@@ -76,9 +76,9 @@ class _GatherKeys(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: torch.Tensor):
         packing = ctx.packing
-        token_gradient = gradient.index_select(0, packing.first_key)
-        used_twice = packing.key_tokens.index_select(0, packing.second_key)
-        sums = token_gradient.index_select(0, used_twice) + gradient.index_select(0, packing.second_key)
+        token_gradient = gradient.index_select(0, packing.own_keys)
+        used_twice = packing.key_tokens.index_select(0, packing.repeated_keys)
+        sums = token_gradient.index_select(0, used_twice) + gradient.index_select(0, packing.repeated_keys)
         return token_gradient.index_copy(0, used_twice, sums), None
 
 

@@ -24,7 +24,7 @@ class Rows:
     """The input of one forward pass: B rows of T tokens, which hold S responses with N predicted tokens in total."""
 
     input_ids: torch.Tensor  # (B, T)
-    predictors: torch.Tensor  # (N,) the position, of B * T, whose output predicts a response token
+    predictors: torch.Tensor  # (N,) index among all B * T positions: its output predicts a response token
     targets: torch.Tensor  # (N,) the token that it predicts
     sequences: torch.Tensor  # (N,) index of the token's response, below S
     offsets: torch.Tensor  # (N,) the token's index among the predicted tokens of its response
@@ -158,8 +158,8 @@ class _PackedRow:
             "sequences": torch.full_like(predicted, sequence),
             "offsets": torch.arange(len(predicted)),
             "key_tokens": key_tokens,
-            "first_key": torch.arange(key_start + n_shared, key_start + n_keys),
-            "second_key": torch.arange(key_start, key_start + n_shared),
+            "own_keys": torch.arange(key_start + n_shared, key_start + n_keys),
+            "repeated_keys": torch.arange(key_start, key_start + n_shared),
         }
         for name, part in new_parts.items():
             self.parts[name].append(part)
@@ -171,9 +171,9 @@ class _PackedRow:
         parts = {name: torch.cat(parts) for name, parts in self.parts.items()}
         query_starts, key_starts = (torch.tensor(starts, dtype=torch.int32) for starts in
                                     (self.query_starts, self.key_starts))  # fmt: skip
-        key_indices = {name: parts.pop(name) for name in ("key_tokens", "first_key", "second_key")}
+        key_indices = {name: parts.pop(name) for name in ("key_tokens", "own_keys", "repeated_keys")}
         longest = int(query_starts.diff().max()), int(key_starts.diff().max())
-        shares_prompts = len(key_indices["second_key"]) > 0
+        shares_prompts = len(key_indices["repeated_keys"]) > 0
         packing = Packing(query_starts, key_starts, *longest, **(key_indices if shares_prompts else {}))
         inputs = {name: parts.pop(name)[None] for name in ("input_ids", "position_ids")}
         order = parts["sequences"].argsort(stable=True)  # all chosen responses first, as in the other layouts

@@ -151,8 +151,8 @@ def _fingerprint(model: nn.Module, with_adapter: bool, cast_to: torch.dtype | No
 def fill_cache(trainer) -> LogpsCache:
     """Return the reference's log-probabilities of all of a trainer's pairs, before its first step.
 
-    The reference has the weights that the policy starts from. It is loaded only if some pairs are missing, and then
-    freed, unless it is the policy under another adapter.
+    The reference has the weights that training starts from. It is loaded only if some pairs are missing or if the cache
+    can't be found without its weights, and is then freed, unless it is the policy under another adapter.
 
     Raises: Stopped after a signal. Of the pairs computed so far, only those not yet written are then lost: fewer than
         1,024, and those of the current batch.

@@ -29,7 +29,7 @@ def response_logps(
     Args:
         whole_logits: take the logits of every position from the whole model, because it modifies its output head's
             result.
-        strategy: where the model's tensors live.
+        strategy: the trainer's strategy; its `token_logps` knows how the output head is sharded.
         n_first: (S,); if given, also return the log-probability of each response's first `n_first` tokens: (2, S).
     """
     model = unwrap_adapter(model)
@@ -57,7 +57,7 @@ def _mask_and_positions(model: nn.Module, rows: Rows, device: torch.device) -> d
     if rows.packing is not None:
         return {"attention_mask": no_mask(device), "position_ids": rows.position_ids, "packing": rows.packing}
     if rows.roles is not None:
-        additive = model.config._attn_implementation == "eager"  # SDPA takes booleans; under autocast, only these
+        additive = model.config._attn_implementation == "eager"  # under autocast, SDPA takes only booleans
         mask = tree_mask(rows.roles, model.dtype if additive else None)
         return {"attention_mask": mask, "position_ids": rows.position_ids}
     return {}
@@ -89,9 +89,9 @@ def head_gives_logits(model: nn.Module, batch: dict) -> bool:
 def chunked_token_logps(
     hidden_states: torch.Tensor, head: nn.Module, targets: torch.Tensor, vocab_size: int, strategy: type[SingleProcess]
 ) -> torch.Tensor:
-    """Return log softmax(head(h))[target] of every token: (N, H) and (N,) to (N,), in float32.
+    """Return log softmax(head(h))[target] of every token: (N, H) and (N,) to (N,), in float32 or better.
 
-    The logits are computed in chunks, so that they are never all in memory.
+    The logits are computed in chunks; if they are large, they are never all in memory.
     """
     bytes_per_token = 4 * vocab_size
     chunk_bytes = _CHUNK_BYTES.get(hidden_states.device.type, _ACCELERATOR_CHUNK_BYTES)

@@ -83,7 +83,7 @@ def unshadow_linear_weights(model: nn.Module):
 
 def _set_class(module: nn.Linear, linear_class: type[nn.Linear]):
     module.__class__ = linear_class
-    if hasattr(module, "_old_forward"):  # accelerate's hooks between GPUs call this one instead of the class's
+    if hasattr(module, "_old_forward"):  # accelerate's hooks, which move activations between GPUs, call it
         module._old_forward = types.MethodType(linear_class.forward, module)
 
 

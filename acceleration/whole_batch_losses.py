@@ -44,7 +44,7 @@ def whole_batch_losses(trainer, batch: dict, microbatches: list[dict], train: bo
         return [compute] * len(microbatches)
     with torch.no_grad():
         inputs = [_loss_inputs(trainer, microbatch) for microbatch in microbatches]
-    counted = [trainer.counted(microbatch) for microbatch in microbatches]
+    counted = [trainer.is_counted(microbatch) for microbatch in microbatches]
     return _linearized(functools.partial(compute, loss_config=trainer.config.loss), inputs, counted, trainer.strategy)
 
 
@@ -65,7 +65,7 @@ def estimate_kl(trainer, batch: dict) -> torch.Tensor:
     for microbatch in trainer.microbatches(mismatched_batch(batch), min_microbatches=1):
         with torch.no_grad():
             policy_logps = trainer.response_logps(trainer.policy, microbatch).view(2, -1)  # (2, B)
-        counted = trainer.counted(microbatch)
+        counted = trainer.is_counted(microbatch)
         logratios = (policy_logps - torch.stack(trainer.reference_logps(microbatch))).where(counted, 0)
         sum_and_count += torch.stack([logratios.sum(), 2 * counted.sum()]).to(sum_and_count.dtype)
     if trainer.is_sharded:  # several workers may add the same shard: sum and count grow alike, so the mean is right
@@ -76,7 +76,7 @@ def estimate_kl(trainer, batch: dict) -> torch.Tensor:
 
 def _mean_length(trainer, batch: dict) -> torch.Tensor:
     """Return the mean number of trained tokens of the whole batch's chosen responses, shape ()."""
-    counted = trainer.counted(batch)
+    counted = trainer.is_counted(batch)
     lengths = response_lengths(batch["chosen_labels"]).to(counted.device)
     sum_and_count = torch.stack([(lengths * counted).sum(), counted.sum()]).to(torch.float32)
     if trainer.is_sharded:

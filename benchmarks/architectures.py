@@ -104,7 +104,7 @@ def tiny_model(model_type: str, **overrides) -> nn.Module:
     with torch.device("meta"):
         n_parameters = transformers.AutoModelForCausalLM.from_config(config).num_parameters()
     if n_parameters > MAX_PARAMETERS:
-        raise RuntimeError(f"it stays at {n_parameters} parameters")
+        raise RuntimeError(f"the config has no fields that make it small ({n_parameters:,} parameters)")
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
@@ -323,17 +323,19 @@ def note(why: str) -> str:
 HEADER = """# Which models share prompts
 
 Every type of causal language model, built at a tiny size with random weights and checked on a CPU as at the start of
-training; windows are as in the config's defaults. Made by `python benchmarks/architectures.py` with transformers
-{transformers} and torch {torch}, max_length={max_length}.
+training; attention windows have each type's default length. Made by `python benchmarks/architectures.py` with
+transformers {transformers} and torch {torch}, max_length={max_length}.
 
 - *shared*: prefix sharing, one row per pair; *padded*: two rows per pair, the output head at response tokens alone;
   *plain*: `concatenated_forward`; *refused*: training doesn't start.
 - *whole logits*: the model computes logits at every position; otherwise the output head runs only where a response
   token is predicted.
-- The numbers are the largest difference of a response's log-probability from that of the model's own forward pass of
-  each sequence alone, without padding, and the relative difference of the gradient in all parameters.
-- *without padding*: whether packed rows (`padding_free=true`) can be computed too, in the precision of the first
-  column, with shared prompts or each sequence separately.
+- Two numbers compare with the model's own forward pass of each sequence alone, without padding: the largest difference
+  in a response's log-probability (nats), and the relative difference of the gradient in all parameters.
+- *without padding*: whether rows can be packed too (`padding_free=true`), in the precision of the float64 column, and
+  whether they then share prompts (*shared*) or not (*padded*).
+- *why*: for *padded* and *plain*, why prompts aren't shared. "Log-probabilities change" and "the forward pass fails"
+  are said of the computation with shared prompts.
 - In bfloat16, and in a mixture of experts even in float32, rounding alone may make large differences: the weights are
   much larger than trained ones.
 

@@ -151,8 +151,8 @@ def learning_rate(run: Run, n_tokens: int) -> float:
 
 def tasks() -> dict[str, Task]:
     """Return the two tasks, by the name of their SFT dataset."""
-    words, clauses = toy_length.all_long_responses()
-    long_texts = [toy_length.long_response_text(w, n) for w, n in zip(words, clauses, strict=True)]
+    words, clauses = toy_length.all_responses()
+    long_texts = [toy_length.response_text(w, n) for w, n in zip(words, clauses, strict=True)]
     texts = [toy.response_text(words) for words in toy.ALL_RESPONSES]
     return {
         "toy": Task(toy.PROMPTS, texts, toy.true_reward(toy.ALL_RESPONSES)),

@@ -1,6 +1,6 @@
 """Tables and a picture of the results of `frontier.py`.
 
-The tables' column *leaked* has the probability of all responses outside the task's grammar (`exact.Figures.outside`).
+In the tables, *leaked* is the probability of all responses outside the task's grammar (`exact.Figures.outside`).
 """
 
 import json
@@ -170,7 +170,7 @@ def _label(axes, labels: list[tuple[float, float, str, str]]):
 
 
 def write_report(bench, objectives: dict[str, tuple[str, float]]) -> str:
-    """Draw the picture into the directory of results, and return the tables."""
+    """Draw the picture beside the directory of results, and return the tables."""
     results = load(bench.results)
     checkpoints, start = last_checkpoints(results, objectives), bench.starts["toy"]
     draw(checkpoints, bench.out / "frontier.png")

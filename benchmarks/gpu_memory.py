@@ -1,10 +1,10 @@
 """Predicted and measured memory of the original's models and of current ones: `python benchmarks/gpu_memory.py`.
 
-Each model has its real width, but only a few layers with random weights; nothing is downloaded. The prediction is that
-of the memory plan at the start of a run for one microbatch: `capacity.microbatch_bytes`, and the weights cast for
-computing. The measurement is the peak of a forward and backward pass, minus what was allocated before it. A ratio of
-measured to predicted above 1 means that the plan is too low; it keeps a tenth of free memory in reserve. On a CPU the
-program only predicts, at toy size, to try it out.
+Each model has its real width (Mixtral a quarter of it), but only a few layers with random weights; nothing is
+downloaded. The prediction is what the memory plan at the start of a run counts for one microbatch:
+`capacity.microbatch_bytes`, and the weights cast for computing. The measurement is the peak of a forward and backward
+pass, minus what was allocated before it. A ratio of measured to predicted above 1 means that the plan is too low; it
+keeps a tenth of free memory in reserve. On a CPU the program only predicts, at toy size, to try it out.
 """
 
 import argparse

@@ -3,8 +3,8 @@
 `pip install trl==1.16.0`, then `python benchmarks/real_model.py --model HuggingFaceTB/SmolLM2-135M-Instruct
 --data CHAT.jsonl`. The data are pairs of messages (`prompt`, `chosen`, `rejected`); the first pairs that fit into
 `--max-length` are used. Both programs run from the command line, in turn, and take the same steps: the same tokens in
-the same order, AdamW, a constant learning rate, the same clipping, no dropout. TRL trains in float32 without
-activation checkpointing, which is its fastest setting on a CPU. The columns, medians over the rounds:
+the same order, AdamW, a constant learning rate, the same clipping, no dropout. TRL keeps float32 weights and
+uses no activation checkpointing, which is its fastest setting on a CPU. The columns, medians over the rounds:
   pairs/s       of the steps after the first
   memory        the process's peak, weights included (GB)
   start         seconds from the command to the end of the first step, with precomputing the reference if that is on
@@ -43,7 +43,7 @@ MAX_GRAD_NORM = 10.0
 
 
 def our_keys(args: argparse.Namespace, data: str, directory: str) -> list[str]:
-    """Return the config keys of the run and of `write_data`, which computes the order of the run's examples."""
+    """Return the run's config keys, from which `write_data` also computes the order of the run's examples."""
     return [
         f"model.name_or_path={args.model}", f"datasets=[{data}]", "loss=dpo", f"max_length={args.max_length}",
         f"max_prompt_length={args.max_length - 1}", f"batch_size={args.batch_size}", "n_epochs=1",

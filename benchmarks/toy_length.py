@@ -16,14 +16,14 @@ CLAUSE_PROBABILITIES = [0.4, 0.3, 0.2, 0.1]  # probability of a response with th
 LENGTH_BIAS = 0.8  # nats that each clause adds to the log-odds of being preferred
 
 
-def long_response_text(words: np.ndarray, n_clauses: int) -> str:
+def response_text(words: np.ndarray, n_clauses: int) -> str:
     """Write the response of `toy_length` with these words, given as indices of shape (2,)."""
     return SHORT_TEMPLATE.format(*(toy.SLOTS[slot][word] for slot, word in zip((1, 2), words, strict=True))) + "".join(
         CLAUSES[:n_clauses]
     )
 
 
-def all_long_responses() -> tuple[np.ndarray, np.ndarray]:
+def all_responses() -> tuple[np.ndarray, np.ndarray]:
     """Return all 256 responses of `toy_length`: indices of words, (256, 2), and numbers of clauses, (256,)."""
     grid = np.stack(np.unravel_index(np.arange(toy.N_WORDS**2 * 4), (toy.N_WORDS, toy.N_WORDS, 4)), axis=1)
     return grid[:, :2], grid[:, 2]
@@ -45,7 +45,7 @@ def get_toy_length(split: str, silent: bool = False, cache_dir: str | None = Non
     first_preferred = rng.random_sample(n_examples) < 1 / (1 + np.exp(-margins))
     data = []
     for i, prompt in enumerate(prompts):
-        first, second, sft_target = (long_response_text(w[i], n[i]) for w, n in zip(words, clauses, strict=True))
+        first, second, sft_target = (response_text(w[i], n[i]) for w, n in zip(words, clauses, strict=True))
         pairs = [(0, 1) if first_preferred[i] else (1, 0)]
         entry = {"responses": [first, second], "pairs": pairs, "sft_target": sft_target, "rows": [i]}
         data.append((toy.PROMPTS[prompt], entry))

@@ -150,12 +150,13 @@ def _check_tensors(state: dict, path: str):
     """Raise UserError unless a state dict holds only named tensors that have values."""
     for name, tensor in state.items():
         if not isinstance(name, str) or not is_tensor(tensor):
-            raise UserError(f"{path} holds more than named tensors: {name!r} is a {type(tensor).__name__}")
+            kind = type(tensor).__name__
+            raise UserError(f"{path} holds more than named tensors: {name!r} is a {kind}; save the weights alone")
         if isinstance(tensor, SavedTensor):
             continue
         if tensor.is_meta or tensor.layout != torch.strided:
             kind = "without values (on the meta device)" if tensor.is_meta else f"of the layout {tensor.layout}"
-            raise UserError(f"{path}: {name} is a tensor {kind}")
+            raise UserError(f"{path}: {name} is a tensor {kind}; save it as a dense tensor, with its values")
 
 
 def load_pretrained(

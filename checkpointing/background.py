@@ -9,19 +9,19 @@ class Background(contextlib.AbstractContextManager):
     """Runs one function at a time in a thread; the end of its `with` block waits for the last one."""
 
     threads: ThreadPoolExecutor | None = None
-    last: Future | None = None  # of the function started last, until `wait`
+    running: Future | None = None  # of the function that runs; None after `wait`
 
     def start(self, function: Callable[[], None]):
         """Run a function in the thread; call `wait` before starting another."""
-        assert self.last is None
+        assert self.running is None
         self.threads = self.threads or ThreadPoolExecutor(1, "checkpoint")
-        self.last = self.threads.submit(function)
+        self.running = self.threads.submit(function)
 
     def wait(self):
         """Wait until the function has ended; raise its exception, if any."""
-        last, self.last = self.last, None
-        if last is not None:
-            last.result()
+        running, self.running = self.running, None
+        if running is not None:
+            running.result()
 
     def __exit__(self, _kind, error: BaseException | None, _traceback):
         try:

@@ -10,8 +10,8 @@ A checkpoint is a directory that appears whole or not at all. It contains:
 - `SHA256SUMS`, to detect damage.
 
 A sharded checkpoint keeps the tensors of policy, reference and optimizer in one file per worker
-(`checkpointing.sharded`); an adapter and all other files are as above. A run's last checkpoint also has the model for
-`from_pretrained` (`checkpointing.model_files`).
+(`checkpointing.sharded`); an adapter and all other files are as above. Without an adapter, only a run's last
+checkpoint also has the model for `from_pretrained` (`checkpointing.model_files`) and its card.
 """
 
 import contextlib

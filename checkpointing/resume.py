@@ -91,7 +91,8 @@ def check_restartable(config: DictConfig, run_dir_given: bool):
 def checkpoint_to_resume(config: DictConfig) -> str | None:
     """Return the undamaged checkpoint to resume from; None if `resume=auto` finds no checkpoint yet.
 
-    Raises: UserError if another `resume` finds none, if all are damaged, or if the run has later ones.
+    Raises: UserError if `resume` names a run without checkpoints, if all of them are damaged, or if the run has later
+        checkpoints than the one to resume from.
     """
     run_dir = config.local_run_dir
     if not os.path.isdir(run_dir):

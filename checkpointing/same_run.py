@@ -117,8 +117,8 @@ def _refuse_changed_keys(
     if refused and not config.resume_anyway:
         raise UserError(
             f"resume={config.resume}: under this config it would be another run:\n  " + "\n  ".join(refused) + "\n"
-            "Give these keys their former values, start a new run (model.archive takes the weights along), or resume "
-            "anyway with resume_anyway=true"
+            "Give these keys their former values, start a new run (from these weights: model.archive=CHECKPOINT), or "
+            "resume anyway with resume_anyway=true"
         )
 
 
@@ -127,7 +127,7 @@ def _check_kind(config: DictConfig, checkpoint: str):
 
     Raises: UserError naming the key and the remedy.
     """
-    remedy = "leave it as it was, or start a new run from its weights with"
+    remedy = "leave the key as it was, or start a new run from the checkpoint's weights with"
     holds_adapter = os.path.exists(os.path.join(checkpoint, "adapter_config.json"))
     trains_adapter = config.lora is not None or config.model.adapter is not None
     if trains_adapter and not holds_adapter:
@@ -140,8 +140,8 @@ def _check_kind(config: DictConfig, checkpoint: str):
         raise UserError(f"lora=null: {checkpoint} holds an adapter; {remedy} model.adapter={checkpoint}")
     if config.reference_update_every is not None and not _holds_reference(checkpoint):
         raise UserError(
-            f"reference_update_every={config.reference_update_every}: {checkpoint} has no reference.pt, as its run's "
-            f"reference stayed as it was; {remedy} model.archive={checkpoint}"
+            f"reference_update_every={config.reference_update_every}: {checkpoint} has no reference.pt, because "
+            f"the reference of its run never moved; {remedy} model.archive={checkpoint}"
         )
 
 

@@ -1,4 +1,4 @@
-"""A command's output: errors as messages, a bug as its traceback, and streams that never end a run."""
+"""A command's output: errors as messages, a bug as its traceback, and streams whose failed writes never end a run."""
 
 import contextlib
 import io
@@ -28,7 +28,7 @@ _TOO_MANY_FILES = "too many open files: raise the limit on open files (ulimit -n
 # ---- streams ---------------------------------------------------------------------------------------------------------
 
 
-class _UnneededOutput(io.FileIO):
+class _FailSafeOutput(io.FileIO):
     """Writes to a file descriptor; after the first failed write, drops all others."""
 
     def write(self, data) -> int:
@@ -52,14 +52,14 @@ def keep_output_going():
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 (until the process ends)
         elif stream.fileno() == descriptor:
             stream.flush()
-            buffer = io.BufferedWriter(_UnneededOutput(descriptor, "w", closefd=False))
+            buffer = io.BufferedWriter(_FailSafeOutput(descriptor, "w", closefd=False))
             # line by line, as a job's log file is read while it is written
             flushing = {"line_buffering": True, "write_through": stream.write_through}
             setattr(sys, name, io.TextIOWrapper(buffer, stream.encoding, "backslashreplace", **flushing))
 
 
 def _report_failed_thread(failed: threading.ExceptHookArgs):
-    """Print a failed thread's traceback; on a full disk one line, as the waiting code raises the error again."""
+    """Print a failed thread's traceback. If the disk is full, print one line: the error is raised again elsewhere."""
     if has_no_room(failed.exc_value):
         print(printable(f"WARNING: {failed.exc_value}"), file=sys.stderr)
     else:

@@ -79,7 +79,7 @@ def _check_optimizer(config: DictConfig):
         name: value for name, value in vars(torch.optim).items() if isinstance(value, type)
         and issubclass(value, torch.optim.Optimizer) and value not in _UNSUPPORTED_OPTIMIZERS
     }  # fmt: skip
-    note = ", the optimizers of torch.optim that train with one gradient per step"
+    note = " (the optimizers of torch.optim that train with one gradient per step)"
     check_one_of("optimizer", config.optimizer, optimizers, note)
     accepted = dict(inspect.signature(optimizers[config.optimizer]).parameters)
     del accepted["params"], accepted["lr"]
@@ -143,7 +143,10 @@ def _check_model(config: DictConfig):
 
 
 def _use_plain_forward(config: DictConfig):
-    """Turn off faster layouts and refuse `compile`: the router's loss depends on all tokens of the forward pass."""
+    """Turn off faster layouts, or refuse them and `compile` where the user asks for them.
+
+    The router's loss depends on all tokens of the forward pass.
+    """
     coefficient = f"model.router_aux_loss_coef={config.model.router_aux_loss_coef}"
     for key in ("shared_prompt", "padding_free", "compile"):
         if config[key] is True:
@@ -237,7 +240,7 @@ def _check_workers(config: DictConfig):
         _check_division(config, world_size)
     n_gpus = torch.cuda.device_count()
     if n_gpus and not environment.is_launched() and world_size > n_gpus:
-        raise UserError(f"world_size={world_size}: this machine has {n_gpus} GPUs, one for each worker")
+        raise UserError(f"world_size={world_size}: each worker needs a GPU of its own, and this machine has {n_gpus}")
     if strategy.splits_tensors:
         _check_split_tensors(config)
 
@@ -284,8 +287,8 @@ def _check_split_tensors(config: DictConfig):
         raise UserError(f"model.load_in_4bit=true: trainer={trainer} can't split 4-bit weights; use {others}")
     if config.optimizer in NOT_FOR_DTENSORS:
         raise UserError(
-            f"optimizer={config.optimizer}: PyTorch's can't train tensors that are spread over workers, as "
-            f"trainer={trainer} does; use {others} or another optimizer"
+            f"optimizer={config.optimizer}: PyTorch's {config.optimizer} can't train tensors that are spread over "
+            f"workers, as trainer={trainer} does; use {others} or another optimizer"
         )
 
 
@@ -315,7 +318,8 @@ def _check_kl_estimate(config: DictConfig):
     loss = f"loss={config.loss.name}"
     if config.precompute_ref_log_probs:
         raise UserError(
-            f"precompute_ref_log_probs=true: {loss} forms new pairs of prompts and responses in every batch"
+            f"precompute_ref_log_probs=true: {loss} forms new pairs of prompts and responses in every batch, so their "
+            "log-probabilities can't be computed in advance; use precompute_ref_log_probs=false"
         )
     for key in ("batch_size", "eval_batch_size"):
         if config[key] < 2:
@@ -345,7 +349,7 @@ def _check_moving_reference(config: DictConfig):
 
 
 def _check_sources(config: DictConfig):
-    """Refuse local files and folders of models that don't exist; the hub isn't asked for its ids."""
+    """Refuse paths to files and folders of models that don't exist; hub ids aren't looked up."""
     folders_or_ids = {"model.tokenizer_name_or_path": config.model.tokenizer_name_or_path}
     folders_or_ids |= {source.key("name_or_path"): source.name_or_path for source in sources(config)}
     for key, name in folders_or_ids.items():
@@ -372,7 +376,7 @@ def _check_sources(config: DictConfig):
 
 
 def _may_be_hub_id(name: str) -> bool:
-    """True for OWNER/MODEL that isn't a file in an existing directory."""
+    """True for OWNER/MODEL, unless it is in an existing directory or ends like a file's name."""
     owner, _, model = name.partition("/")
     is_file = os.path.exists(owner) or model.endswith((".pt", ".safetensors", ".bin"))
     return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is not None and not is_file
@@ -382,7 +386,7 @@ def _check_output(config: DictConfig):
     """Check what the run writes: checkpoints, trackers, and directories that must be writable."""
     if config.keep_best is not None:
         known = evaluation_metrics(find_loss(config.loss), config)
-        check_one_of("keep_best", config.keep_best, known, ", the metrics of these evaluations")
+        check_one_of("keep_best", config.keep_best, known, " (the metrics that this run's evaluations have)")
     check_one_of("checkpoint_format", config.checkpoint_format, ("whole", "sharded"))
     if config.checkpoint_async and config.checkpoint_format != "sharded":
         raise UserError(

@@ -29,7 +29,7 @@ def prepare(builder: "datasets.DatasetBuilder"):
 
 @contextlib.contextmanager
 def checked(folder: str, name: str | None, hash_file: Callable[[str], str]) -> Iterator[None]:
-    """Remove damaged Arrow files, and keep other processes from writing any inside the block.
+    """Remove damaged Arrow files; while the block runs, no other process can write any.
 
     Args:
         folder: the library's cache directory.

@@ -77,7 +77,7 @@ class BatchIterator:
         n_pairs: the number of pairs of each prompt, (n_prompts,).
         n_batches, n_examples: totals over all epochs.
         epoch_size: examples per epoch, without the `n_dropped` that don't fill a batch.
-        n_distinct: examples in use, each counted once for all epochs (but as often as a weight repeats it in each).
+        n_distinct: examples in use, each counted once for all epochs; as often as its dataset's weight repeats it.
         is_unpaired: some examples consist of two single responses, each with its own prompt.
     """
 
@@ -180,7 +180,7 @@ class BatchIterator:
             yield order
 
     def distinct_examples(self) -> Iterator[tuple[dict[str, list | torch.Tensor], int]]:
-        """Yield batches with every distinct example once, as this worker's shard and the size of the whole batch."""
+        """Yield every distinct example once, in batches: this worker's shard of a batch, and the whole batch's size."""
         examples = itertools.islice(self._epoch_examples(next(self._epoch_orders())), self.n_distinct)
         while batch := list(itertools.islice(examples, self.batch_size)):
             yield self._collate(batch, self.shard), len(batch)
@@ -252,7 +252,7 @@ def chosen_and_rejected(prompt: Prompt, index: int, sft_mode: bool) -> tuple[lis
 
 
 def next_other_prompt(batch: list[tuple[Prompt, int]], index: int) -> int:
-    """Return the index of the next example in a batch, cyclically, that has another prompt, or else of the next one."""
+    """Return the index of the next example (cyclically) with another prompt; if there is none, of the next example."""
     after = [(index + step) % len(batch) for step in range(1, len(batch) + 1)]
     return next((i for i in after if batch[i][0].text != batch[index][0].text), after[0])
 

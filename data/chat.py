@@ -40,7 +40,7 @@ class Rendered:
 
 @dataclass
 class Tokenized:
-    """Token ids of a prompt and of its responses, each response with its end."""
+    """Token ids of a prompt and of its responses, each response with the end token."""
 
     prompt_ids: list[int]
     response_ids: list[list[int]]
@@ -74,7 +74,7 @@ class Renderer:
         end = turn_end(tokenizer, self.template)
         self.end_token = _any_of({*special, *([end] if end else [])})
         self.marks_turns = bool(self.template and _GENERATION.search(self.template))
-        self.missing_openings: set[str] = set()  # ends of the generation prompt that rendered dialogues lack
+        self.missing_openings: set[str] = set()  # last parts of the generation prompt, which rendered dialogues lack
 
     # ---- rendering --------------------------------------------------------------------------------------------------
 

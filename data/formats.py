@@ -195,11 +195,14 @@ def _last_role(value: object) -> str:
     try:
         return message_list(value, "")[-1]["role"]
     except BadExample:
-        return "assistant"  # treat bad messages as a whole dialogue, whose reader reports them
+        return "assistant"  # count bad messages as a dialogue with an answer: its reader reports them
 
 
 def _context(found: Columns) -> dict[str, str]:
-    """Return the non-empty columns of the prompt's context, which only a chat template can render."""
+    """Return the columns of the prompt's context, which only a chat template can render, without empty ones.
+
+    A column that `fields` maps is returned even if it is empty.
+    """
     context = {"system": found.first(columns.SYSTEM, "string", "messages")}
     context |= {name: found.first((name,)) for name in ("history", "tools")}
     if found.known.get("history") == "string" and "history" not in found.fields:
@@ -212,9 +215,9 @@ def _context(found: Columns) -> dict[str, str]:
 
 
 def _prompt_fields(found: Columns, prompt: str | None) -> dict[str, str]:
-    """Map the field 'prompt' to its column, and 'input' to its own, if there is one that continues the prompt.
+    """Map the field 'prompt' to its column, and 'input' to the column that continues the prompt, if there is one.
 
-    A column `input` continues an `instruction`; for prompts of other names, `fields` must map it.
+    That is a column `input` beside `instruction`, or one that `fields` maps.
     """
     if prompt is None:
         return {}

@@ -46,7 +46,7 @@ def current_commit(repo_id: str, cache_dir: str) -> str | None:
 
 
 def explain_failure(failure: Exception, repo_id: str, repo_type: str) -> tuple[str, str] | None:
-    """Return why the hub doesn't give a repository to this user, and the remedy; None if that isn't the cause.
+    """Return why the hub doesn't give a repository to this user, and the remedy; None if the hub isn't the cause.
 
     Args:
         failure: the exception of the library that failed to load it.

@@ -54,7 +54,8 @@ def read_rows(location: Location, split: str, cache_dir: str | None, silent: boo
         module, folder, kwargs = path, cache_dir, {"name": location.config}
         if files is not None:
             module, kwargs = _reader(path, files, whole_split, csv_as_strings=not location.is_built_in)
-            if cache_dir is not None:  # the library identifies files by their times, which tar and rsync preserve
+            if cache_dir is not None:
+                # the library recognizes a file by its time, which a changed file may keep (tar, rsync)
                 folder = os.path.join(cache_dir, "rows", content_hash(files, cache_dir)[:32])
         with _checked_cache(cache_dir, folder, path if files is None else None):
             builder = datasets.load_dataset_builder(module, cache_dir=folder, **kwargs)

@@ -178,7 +178,7 @@ def read_transcripts(row: Row) -> Example:
 
 
 def _word_border(shared: str, *texts: str) -> int:
-    """Return where the last whole word of the shared start ends, before a space, which belongs to the next token."""
+    """Return where the shared start's last whole word ends; a space after it belongs to the responses' first token."""
     border = len(shared)
     if any(_is_word_character(text[border : border + 1]) for text in texts):
         while border > 0 and _is_word_character(shared[border - 1]):

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from utils import UserError
 
 SECONDS = 20  # for one row, which usually takes less than a millisecond
-_MAX_LENGTH, _MAX_FACTOR = 1_000_000, 100  # characters of output: in total, and per character of input
+_MAX_LENGTH = 1_000_000  # characters of output; longer texts are refused if they also exceed
+_MAX_FACTOR = 100  # characters of output per character of input
 _TICK = 0.5  # seconds
 _REMEDY = "correct the template, or give another: chat_template=FILE"
 
@@ -60,7 +61,7 @@ class _Watch:
     """Raises `_TooLong` in threads that render for too long.
 
     A signal would reach only the main thread. The watching thread counts its own ticks, so that time in which the
-    process is stopped doesn't count, and ends when no thread renders. A call of a C function can't be interrupted.
+    process is stopped doesn't count. It ends when no thread renders. A call of a C function can't be interrupted.
     """
 
     lock: threading.Lock = field(default_factory=threading.Lock)

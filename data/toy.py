@@ -9,10 +9,10 @@ preferred: P(a over b) = σ(r(a) - r(b)). So the policy that DPO approaches from
 `python -m data.toy RUN_DIR` reports on the samples of a preference run on this data.
 """
 
-if __name__ == "__main__":  # first, as the other imports take seconds
-    from basics.interrupts import end_at_once
+if __name__ == "__main__":  # before the imports that take seconds, so that Ctrl-C ends them
+    from basics.interrupts import let_interrupts_end_at_once
 
-    end_at_once()
+    let_interrupts_end_at_once()
 
 import functools
 import json

@@ -55,7 +55,7 @@ class Endpoint:
 def _checked_parts(url: str) -> SplitResult:
     """Return a URL's parts.
 
-    Raises: UserError, without user and password, if requests can't be sent there.
+    Raises: UserError if requests can't be sent there; its message leaves out user and password.
     """
     scheme, separator, rest = url.partition("://")
     shown = f"{scheme}{separator}{rest.rpartition('@')[2]}"

@@ -24,7 +24,9 @@ def read_kept_lines(
         for line, end in read_json_lines(path):
             key = key_of(line)
             if line["settings"] != settings:
-                raise UserError(f"output={path} has {what} under other settings; give another file, or delete it")
+                raise UserError(
+                    f"output={path} has {what} that were written under other settings; give another file, or delete it"
+                )
             lines[key], size = line, end
     except UserError:
         raise

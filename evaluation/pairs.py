@@ -11,8 +11,8 @@ from utils import UserError
 Prompt = str | list[dict]  # text, or messages
 Place = tuple[int, int | None]  # prompt number and sample number; None if the file has one response per prompt
 _FORMATS = (
-    "give JSON Lines as sample.py writes them (prompt_index, sample, prompt, response) or evaluate.py as rows (prompt, "
-    "chosen), or JSON as AlpacaEval has it (instruction, output)"
+    "give JSON Lines written by sample.py (prompt_index, sample, prompt, response) or by evaluate.py with rows=FILE "
+    "(prompt, chosen), or AlpacaEval's JSON (instruction, output)"
 )
 
 
@@ -91,7 +91,7 @@ def read_responses(key: str, path: str) -> dict[Place, Response]:
     Args:
         key: the config's key for the file, for messages.
 
-    Raises: UserError if the file can't be read; or for the first row that is no response.
+    Raises: UserError if the file can't be read; or for the first row that isn't a response.
     """
     found: dict[Place, Response] = {}
     prompt_numbers: dict[str, int] = {}  # by the prompt as JSON, for rows of evaluate.py
@@ -108,7 +108,7 @@ def read_responses(key: str, path: str) -> dict[Place, Response]:
                 continue
             place = (prompt_numbers.setdefault(json.dumps(response.prompt), len(prompt_numbers)), None)
         else:
-            raise UserError(f"{where}: no response, its fields are {', '.join(row) or 'none'}; {_FORMATS}")
+            raise UserError(f"{where}: not a response: its fields are {', '.join(row) or 'none'}; {_FORMATS}")
         _check(where, place, response)
         if place in found:
             raise UserError(f"{where}: prompt_index={place[0]}, sample={place[1]} is listed twice; leave one out")
@@ -131,7 +131,7 @@ def _logratio(row: dict) -> float | None:
 
 
 def _rows(where: str, path: str) -> Iterator[tuple[str, dict]]:
-    """Yield a file's JSON objects, each with its place in words, for messages."""
+    """Yield a file's JSON objects, each with its position (file, line, entry), for messages."""
     try:
         with open(path, encoding="utf-8") as file:
             text = file.read()
@@ -141,16 +141,16 @@ def _rows(where: str, path: str) -> Iterator[tuple[str, dict]]:
     pieces = [(where, text)] if is_array else [
         (f"{where}, line {number}", line) for number, line in enumerate(text.split("\n"), 1) if line.strip()
     ]  # fmt: skip
-    for place, piece in pieces:
+    for position, piece in pieces:
         try:
             value = json.loads(piece)
         except (ValueError, RecursionError) as error:
             reason = "nested too deeply" if isinstance(error, RecursionError) else error
-            raise UserError(f"{place}: no JSON: {reason}; {_FORMATS}") from error
+            raise UserError(f"{position}: invalid JSON: {reason}; {_FORMATS}") from error
         for number, row in enumerate(value if is_array else [value], 1):
-            inside = f"{place}, entry {number}" if is_array else place
+            inside = f"{position}, entry {number}" if is_array else position
             if not isinstance(row, dict):
-                raise UserError(f"{inside}: no JSON object; {_FORMATS}")
+                raise UserError(f"{inside}: not a JSON object; {_FORMATS}")
             yield inside, row
 
 
@@ -162,7 +162,7 @@ def _check(where: str, place: tuple, response: Response):
     if not is_prompt:
         raise UserError(f"{where}: the prompt is neither a string nor messages with a role and a content each")
     if not isinstance(response.text, str):
-        raise UserError(f"{where}: the response is no string: {json.dumps(response.text)[:100]}")
+        raise UserError(f"{where}: the response isn't a string: {json.dumps(response.text)[:100]}")
     if not all(number is None or (isinstance(number, int) and number >= 0) for number in place):
         raise UserError(f"{where}: prompt_index and sample must be integers, 0 or more")
 

@@ -74,12 +74,12 @@ class Loss:
     Raises: TypeError if the signature declares something else.
     """
 
-    def __init__(self, function: Callable, unpaired: bool = False, of_margin: bool = False):
+    def __init__(self, function: Callable, unpaired: bool = False, margin_only: bool = False):
         """Read the signature.
 
         Args:
             unpaired: the loss accepts unpaired data, because it doesn't matter which responses form a pair.
-            of_margin: the loss depends only on the difference of the two log-ratios.
+            margin_only: the loss depends only on the difference of the two log-ratios.
         """
         self.function, self.accepts_unpaired = function, unpaired
         self._name = getattr(getattr(function, "func", function), "__name__", str(function))
@@ -109,7 +109,7 @@ class Loss:
         if MEMORY in self.inputs and not self.takes_whole_batch:
             raise TypeError(f"{self._name}: memory holds averages over whole batches; annotate inputs with WholeBatch")
         if not takes_lengths and not self.takes_kl_estimate:
-            self.options |= modifiers.options(self.needs_pairs, self.takes_whole_batch, of_margin)
+            self.options |= modifiers.options(self.needs_pairs, self.takes_whole_batch, margin_only)
 
     def needs_reference(self, loss_config) -> bool:
         """True if the loss compares the policy with a reference under these options."""

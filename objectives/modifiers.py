@@ -27,16 +27,16 @@ UNLISTED = {**LENGTH_DESENSITIZED, **WEIGHTED, **F_DIVERGENCE}  # options that t
 _MAX_EXPONENT = 80  # larger ones overflow in float32
 
 
-def options(needs_pairs: bool, takes_whole_batch: bool, of_margin: bool) -> dict[str, Option]:
+def options(needs_pairs: bool, takes_whole_batch: bool, margin_only: bool) -> dict[str, Option]:
     """Return the modifiers that fit a loss whose only inputs are log-probabilities.
 
     Args:
         needs_pairs: the loss compares two responses.
         takes_whole_batch: the loss needs the whole batch, so its pairs can't be weighted one by one.
-        of_margin: the loss depends only on the difference of the two log-ratios.
+        margin_only: the loss depends only on the difference of the two log-ratios.
     """
     weighted = WEIGHTED if needs_pairs and not takes_whole_batch else {}
-    return MEAN | (LENGTH_DESENSITIZED if needs_pairs else {}) | weighted | (F_DIVERGENCE if of_margin else {})
+    return MEAN | (LENGTH_DESENSITIZED if needs_pairs else {}) | weighted | (F_DIVERGENCE if margin_only else {})
 
 
 def modified(inputs: dict, loss_config) -> dict:

@@ -4,10 +4,10 @@ Each run has a row: the keys that tell it apart, its last evaluation, and its be
 rows. Numbers are means over the evaluation examples ± their standard errors. Columns marked * can't be compared.
 """
 
-if __name__ == "__main__":  # first, as the other imports take seconds
-    from basics.interrupts import end_at_once
+if __name__ == "__main__":  # before the imports that take seconds, so that Ctrl-C ends them
+    from basics.interrupts import let_interrupts_end_at_once
 
-    end_at_once()
+    let_interrupts_end_at_once()
 
 import argparse
 import csv

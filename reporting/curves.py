@@ -4,10 +4,10 @@ RUN is a run or sweep directory, or a pattern. The default of FILE is `curves.pn
 in the current directory for several.
 """
 
-if __name__ == "__main__":  # first, as the other imports take seconds
-    from basics.interrupts import end_at_once
+if __name__ == "__main__":  # before the imports that take seconds, so that Ctrl-C ends them
+    from basics.interrupts import let_interrupts_end_at_once
 
-    end_at_once()
+    let_interrupts_end_at_once()
 
 import argparse
 import os
@@ -20,7 +20,7 @@ from basics.outputs import PICTURE_OF, Output, check_outputs, refuse_unless_pict
 from basics.printing import printable
 from reporting.runs import NoRuns, Run, find_runs
 
-# Okabe and Ito's colours, which the colour-blind can tell apart too
+# Okabe and Ito's colours, which the colour-blind can tell apart too; brown takes the place of their yellow
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31")
 _WIDTH, _HEIGHT, _DPI = 12, 6.6, 100  # inches: 1200 pixels
 _LEGEND_CHARACTERS = 120  # in a line of the legend

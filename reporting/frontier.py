@@ -6,10 +6,10 @@ https://arxiv.org/abs/2305.18290); the same numbers are printed as a table. KL(p
 mean of the samples' log-probability under the policy minus that under the reference.
 """
 
-if __name__ == "__main__":  # first, as the other imports take seconds
-    from basics.interrupts import end_at_once
+if __name__ == "__main__":  # before the imports that take seconds, so that Ctrl-C ends them
+    from basics.interrupts import let_interrupts_end_at_once
 
-    end_at_once()
+    let_interrupts_end_at_once()
 
 import sys
 

@@ -118,8 +118,8 @@ class RunLog:
         """Return the line for the steps since the line before."""
         means = interval_means(self.unprinted)
         self.unprinted = []
-        left = self.table.left(means["counters/examples"])
-        self.recent = f"{left} left, loss {number(means['loss/train'])}"
+        time_left = self.table.time_left(means["counters/examples"])
+        self.recent = f"{time_left} left, loss {number(means['loss/train'])}"
         if "rewards_train/accuracies" in means:
             self.recent += f", acc. {means['rewards_train/accuracies']:.1%}"
         return self.table.train(means)

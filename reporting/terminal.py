@@ -202,7 +202,7 @@ class RunTable:
         self.columns: dict[str, _Column] = {}  # of metrics; chosen at the first line
         self.widths: dict[str, int] = {}  # of all columns that are shown
 
-    def left(self, examples: int) -> str:
+    def time_left(self, examples: int) -> str:
         """Return the time to the end of the run after this many examples, at its speed so far."""
         seconds = (time.monotonic() - self.start) / max(examples - self.n_done, 1) * (self.n_examples - examples)
         return duration(seconds)
@@ -210,7 +210,10 @@ class RunTable:
     def train(self, means: dict[str, float]) -> list[str]:
         """Return the line of means over the steps since the last line, with a header above it now and then."""
         examples, lines = means["counters/examples"], self._header("train", means)
-        cells = self._cells("train", means) | {"examples": f"{examples}/{self.n_examples}", "left": self.left(examples)}
+        cells = self._cells("train", means) | {
+            "examples": f"{examples}/{self.n_examples}",
+            "left": self.time_left(examples),
+        }
         return [*lines, self._line(cells)]
 
     def evaluation(self, metrics: dict[str, float]) -> list[str]:

@@ -28,7 +28,7 @@ def peak_flops(gpu: str) -> float | None:
 
 
 def n_parameters(model: nn.Module) -> tuple[int, int]:
-    """Return the number of trained parameters and of all, over all workers."""
+    """Return the numbers of trained parameters and of all parameters, summed over the workers."""
     sizes = [(n_weights(parameter), parameter.requires_grad) for parameter in model.parameters()]
     return sum(size for size, is_trained in sizes if is_trained), sum(size for size, _ in sizes)
 

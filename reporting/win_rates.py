@@ -5,10 +5,10 @@ checkpoint, with Wilson's 95 % intervals (figures 2, right, and 3 of https://arx
 are printed as a table.
 """
 
-if __name__ == "__main__":  # first, as the other imports take seconds
-    from basics.interrupts import end_at_once
+if __name__ == "__main__":  # before the imports that take seconds, so that Ctrl-C ends them
+    from basics.interrupts import let_interrupts_end_at_once
 
-    end_at_once()
+    let_interrupts_end_at_once()
 
 import sys
 

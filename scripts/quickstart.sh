@@ -11,8 +11,8 @@ echo "== Step 1: SFT, on 20,000 reviews"
 python train.py "${common[@]}" loss=sft local_run_dir="$dir/sft" \
     batch_size=64 lr=1e-3 warmup_steps=20 sample_during_eval=false
 
-# RMSprop divides each gradient by its running size. With the tiny default eps, even the smallest gradients, of texts that
-# are in no preference pair, would become steps of full size. A larger eps keeps those steps small.
+# RMSprop divides each gradient by its running size. With the tiny default eps, weights whose gradient is almost 0 would also
+# take steps of full size, which changes texts that no preference pair contains. A larger eps keeps those steps small.
 echo "== Step 2: DPO from the SFT checkpoint, on 5,000 preference pairs"
 python train.py "${common[@]}" loss=dpo loss.beta=0.5 local_run_dir="$dir/dpo" model.archive="$dir/sft/LATEST/policy.pt" \
     batch_size=32 n_examples=5000 lr=1e-3 "optimizer_args={eps:1e-3}" warmup_steps=20 \

@@ -1,4 +1,4 @@
-"""The chat templates of published models, by the model's name, and the tokens that they use."""
+"""Chat templates of published models and the tokens that they use, by the model's name; shortened ones in capitals."""
 
 from dataclasses import dataclass
 

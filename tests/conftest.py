@@ -16,7 +16,7 @@ from hub_server import HubAddress
 from launcher import ENVIRONMENT, REPOSITORY, TIMEOUT, Launcher, running_server, shrink_toy
 from process_pool import ProcessPool
 
-if TYPE_CHECKING:  # takes seconds, during which the tests' processes would wait to be started
+if TYPE_CHECKING:  # importing these takes seconds, and tests of processes don't need them
     from transformers import PretrainedConfig
 
     from trainers import BasicTrainer
@@ -111,7 +111,7 @@ def train(launcher, tmp_path):
 def refusal(tmp_path, monkeypatch):
     """Return a function that runs overrides in this process and returns the message that refuses them.
 
-    `train.py` prints that message after "error: "; test_config_values.py has it for messages of each kind.
+    `train.py` prints that message after "error: "; test_config_values.py tests this for messages of each kind.
     """
 
     from train import compose_config, run
@@ -155,8 +155,8 @@ def run_python(tmp_path):
 
 
 @pytest.fixture
-def train_alone(run_python, tmp_path):
-    """Return a function like `train`'s for a new Python process: for variables that libraries read when imported."""
+def train_in_new_python(run_python, tmp_path):
+    """Return a function like `train` for tests of environment variables that libraries read when they are imported."""
 
     def run_command(*overrides: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess:
         words = [*overrides, f"local_dirs=[{tmp_path}/cache]"]

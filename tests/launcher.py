@@ -98,11 +98,11 @@ class Run:
 
         wait_until(matches, output=lambda: self.output)
 
-    def kill(self, number: int):
+    def kill(self, signal_number: int):
         """Send a signal to each of its processes."""
         for child in self.children:
             with contextlib.suppress(ProcessLookupError):  # it has ended
-                os.kill(child, number)
+                os.kill(child, signal_number)
 
     def wait(self) -> int:
         """Wait for the run's end; return its exit code, or minus the signal that killed it.
@@ -182,8 +182,8 @@ class Launcher:
         """Start a run and wait for it."""
         return self.start(*overrides, **kwargs).wait()
 
-    def kill(self, number: int):
-        self.runs[-1].kill(number)
+    def kill(self, signal_number: int):
+        self.runs[-1].kill(signal_number)
 
     def wait(self) -> int:
         return self.runs[-1].wait()

@@ -12,7 +12,7 @@ from test_trained_turns import IM, make_tokenizer, message
 
 @pytest.fixture(scope="module")
 def chat_model(tmp_path_factory):
-    """Write a model whose tokenizer has the tokens of turns but no template, a template and data; return the folder."""
+    """Write data, a template, and a model whose tokenizer has tokens for turns but no template; return the folder."""
     directory = tmp_path_factory.mktemp("chat")
     tokenizer = make_tokenizer(CHATML, IM, None, "<|endoftext|>")
     tokenizer.chat_template = None

@@ -107,7 +107,7 @@ def test_archive_loads_from_a_checkpoint_a_file_or_a_sharded_folder(model, make_
         assert torch.equal(other.eval()(IDS).logits, expected), archive
 
 
-def test_adapter_given_as_archive_names_model_adapter(make_trainer):
+def test_adapter_given_as_archive_is_refused_with_a_hint_at_model_adapter(make_trainer):
     _, run_dir = trained(make_trainer, "lora={r:4}")
     with pytest.raises(UserError, match=r"give it as model\.adapter="):
         make_trainer(*TOY, f"model.archive={run_dir}/LATEST")
@@ -223,7 +223,7 @@ def test_crash_between_the_renames_leaves_a_whole_latest(n_renames, tmp_path, mo
 
 
 @pytest.mark.parametrize("exists", [False, True])
-def test_foreign_directory_with_the_suffix_replaced_stays(exists, tmp_path):
+def test_users_own_directory_named_like_a_replaced_one_is_kept(exists, tmp_path):
     (tmp_path / "model.replaced").mkdir()
     (tmp_path / "model.replaced/mine").write_text("mine")
     if exists:
@@ -263,7 +263,7 @@ def test_file_size_limit_leaves_the_previous_checkpoint_intact(launcher, tmp_pat
 
 @pytest.fixture
 def mounted(tmp_path):
-    """Return a function that mounts a file system in memory, of a size in bytes; skip the test if it may not."""
+    """Return a function that mounts a file system of `size` bytes in memory; skip the test if that isn't allowed."""
 
     def mount(size: int):
         (tmp_path / "small").mkdir()

@@ -125,7 +125,7 @@ def test_runs_that_cannot_be_compared_are_an_error(sweep, tmp_path, capsys):
 @pytest.mark.exhaustive
 @pytest.mark.slow
 def test_sweep_with_a_failing_job_compares_the_others(launcher, tmp_path, capsys):
-    """One directory, named jobs, one pass of the reference, and the table at its end."""
+    """The sweep has one directory with named jobs, computes the reference once, and ends with the table."""
     run = [*TOY, "loss=dpo", "lora={r:4}", "n_examples=8", "eval_every=8", "lr=1e-2", "precompute_ref_log_probs=true"]
     sweep = ["loss.beta=0.1,0.5,-1", f"hydra.sweep.dir={tmp_path}/sweep"]
     assert launcher.run("-m", *run, *sweep) == 1

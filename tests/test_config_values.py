@@ -21,7 +21,8 @@ TEXTS = ["", " ", "x", "a b", "é", "1", "null"]
 VALUES = [None, True, False, *NUMBERS, *TEXTS, [], [1], ["x"], [None], {}, {"a": 1}]
 SOME_VALUES = [None, True, -1, 0.5, math.nan, "x", [1]]
 
-# Values that check_config accepts. For keys that aren't listed, only values of the default's type, listed below.
+# The values that check_config accepts, by key. For other keys with a boolean default, it accepts booleans; for the
+# rest, the test doesn't say which.
 POSITIVE_INTEGERS = [1, 3, 1000]
 ACCEPTED = {
     "seed": [0, 1, 3, 1000],

@@ -1,4 +1,4 @@
-"""Commands in docs/evaluation.md that load a checkpoint elsewhere run as written."""
+"""Commands in docs/evaluation.md that load a checkpoint elsewhere, or train a reward model, run as written."""
 
 import json
 import re

@@ -291,7 +291,7 @@ def test_run_that_replaced_another_of_the_same_name_is_not_mistaken_for_it(launc
         assert use("evaluate") == 0, launcher.output
         code = use("sample", "max_new_tokens=4")
         if lr == "lr=2e-3":
-            assert code == 1 and "samples under other settings" in launcher.output
+            assert code == 1 and "samples that were written under other settings" in launcher.output
         else:
             assert code == 0, launcher.output
     first, second = read_jsonl(tmp_path / "evaluate.jsonl")

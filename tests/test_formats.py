@@ -246,7 +246,7 @@ def expected_ids(tokenizer, examples: list[tuple[str, ...]]) -> list[tuple[list[
 @pytest.mark.parametrize("name", FORMATS)
 def test_each_format_gives_the_tokens_written_by_hand(name, examples, tokenizer, tmp_path):
     loss, rows, _, expected = FORMATS[name]
-    # a dataset of one row has nothing to evaluate on, so add another row
+    # of a single row, nothing could be held out, so give the rows as the test split, too
     (tmp_path / "train.jsonl").write_bytes(jsonl(rows))
     (tmp_path / "test.jsonl").write_bytes(jsonl(rows))
     assert examples(f"{tmp_path}/*.jsonl", loss) == sorted(2 * expected_ids(tokenizer, expected))

@@ -1,4 +1,4 @@
-"""Exact figures of a policy equal plain sums and agree with samples; the frontier has its known properties."""
+"""Exact rewards and KLs equal plain sums and agree with samples. The frontier is the best reward at each KL."""
 
 import sys
 
@@ -113,36 +113,36 @@ def toy_frontier() -> Frontier:
 
 @pytest.mark.parametrize("beta", [4.0, 1.0, 0.5, 0.2])
 def test_optimum_has_the_whole_gain_and_equals_the_tasks_formula(beta):
-    best = toy_frontier()
-    optimum = best.optimum(1 / beta)
+    curve = toy_frontier()
+    optimum = curve.optimum(1 / beta)
     slots = np.arange(4)
     known = np.log(toy.word_distribution(beta))[:, slots, toy.ALL_RESPONSES].sum(-1)
     np.testing.assert_allclose(optimum, known, atol=1e-9)
-    figures = best.figures(optimum)
-    assert best.fraction(figures) == pytest.approx(1, abs=1e-9)
+    figures = curve.figures(optimum)
+    assert curve.fraction(figures) == pytest.approx(1, abs=1e-9)
     assert figures.outside == pytest.approx(0, abs=1e-12)
-    assert best.at(1 / beta) == pytest.approx((figures.reward, figures.kl))
+    assert curve.at(1 / beta) == pytest.approx((figures.reward, figures.kl))
 
 
 def test_reference_has_no_gain_and_no_policy_has_more_than_the_whole():
-    best = toy_frontier()
-    figures = best.figures(best.reference)
+    curve = toy_frontier()
+    figures = curve.figures(curve.reference)
     assert figures.kl == pytest.approx(0, abs=1e-12)
-    assert best.fraction(figures) == 0
+    assert curve.fraction(figures) == 0
     rng = np.random.RandomState(2)
     for scale in (0.3, 1, 3):
         for gain in (-1, 0, 1):
-            logits = best.reference + gain * REWARDS + rng.normal(0, scale, best.reference.shape)
-            fraction = best.fraction(best.figures(conditioned(logits)))
+            logits = curve.reference + gain * REWARDS + rng.normal(0, scale, curve.reference.shape)
+            fraction = curve.fraction(curve.figures(conditioned(logits)))
             assert (0.2 < fraction < 1) if gain == 1 else fraction < 0.5
 
 
-def test_reward_beyond_the_end_of_the_frontier_is_that_of_the_end():
-    best = Frontier(np.log([[0.5, 0.5]]), np.array([0.0, 1.0]), np.ones(2))
-    assert best.reward_at(5.0) == pytest.approx(1)
-    assert best.reward_at(0.0) == pytest.approx(0.5, abs=1e-3)
-    # preferring the better of two with probability 1 is ln 2 from the reference
-    assert best.at(1e3)[1] == pytest.approx(np.log(2))
+def test_reward_beyond_the_largest_kl_is_the_largest_reward():
+    curve = Frontier(np.log([[0.5, 0.5]]), np.array([0.0, 1.0]), np.ones(2))
+    assert curve.reward_at(5.0) == pytest.approx(1)
+    assert curve.reward_at(0.0) == pytest.approx(0.5, abs=1e-3)
+    # the KL of always giving the better one of two equally likely responses
+    assert curve.at(1e3)[1] == pytest.approx(np.log(2))
 
 
 @pytest.mark.slow
@@ -243,10 +243,8 @@ def test_frontier_benchmark_trains_evaluates_and_reports_once(tmp_path, monkeypa
 
 def test_labels_of_the_length_task_depend_on_reward_and_length(monkeypatch):
     monkeypatch.setitem(toy.SPLITS, "train", (20_000, 1))  # other tests have fewer
-    words, clauses = toy_length.all_long_responses()
-    of_text = {
-        toy_length.long_response_text(w, n): (toy.true_reward(w), n) for w, n in zip(words, clauses, strict=True)
-    }
+    words, clauses = toy_length.all_responses()
+    of_text = {toy_length.response_text(w, n): (toy.true_reward(w), n) for w, n in zip(words, clauses, strict=True)}
     assert len(of_text) == 256
     margins, longer, preferred, counts = [], [], [], np.zeros(4)
     for _, entry in toy_length.get_toy_length("train"):

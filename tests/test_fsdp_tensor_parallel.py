@@ -1,4 +1,4 @@
-"""FSDPTrainer with tensor_parallel=2 on four workers (real processes) equals one process, in float64."""
+"""FSDPTrainer with tensor_parallel on four or eight workers (real processes) equals one process, in float64."""
 
 import os
 
@@ -37,7 +37,7 @@ RUN = [
     "sample_during_eval=false",
 ]  # fmt: skip
 MESH = ["trainer=FSDPTrainer", "tensor_parallel=2"]
-CASES = {  # model and loss of each; both optimizers, AdamW and RMSprop, have state for checkpoints to hold
+CASES = {  # each case's model and loss; the optimizers, AdamW and RMSprop, have state that checkpoints must hold
     "tied llama, samples": [
         "model.name_or_path={llama}", "loss=dpo", "sample_during_eval=true", "n_eval_model_samples=3",
     ],

@@ -158,7 +158,7 @@ def test_error_of_reading_another_file_is_not_reported_as_a_failed_write(tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
-def test_error_of_a_directory_above_is_reported_as_a_failed_write(tmp_path):
+def test_error_of_a_parent_directory_is_reported_as_a_failed_write(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(CannotWrite, match="file/above/run"), write_errors_named(f"{tmp_path}/file/above/run"):
         os.makedirs(f"{tmp_path}/file/above/run")

@@ -113,12 +113,12 @@ def impatient(train_from_hub, tmp_path_factory):
 
 
 @pytest.fixture
-def online(impatient, train_alone, hub, hub_address):
+def online(impatient, train_in_new_python, hub, hub_address):
     """Return a function that runs `train.py` with the hub of the fixture `hub`."""
 
     def run(*overrides: str, env: dict[str, str] | None = None, **kwargs):
         if "HF_HUB_OFFLINE" in (env or {}):  # it is read at imports
-            return train_alone(*overrides, env={**hub_address.environment(), **env})
+            return train_in_new_python(*overrides, env={**hub_address.environment(), **env})
         return impatient(*overrides, env=env, **kwargs)
 
     return run

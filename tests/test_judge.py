@@ -263,7 +263,7 @@ def test_verdicts_of_a_retrained_reward_model_are_not_mixed(place, reward_model,
     model.score.weight.data.neg_()
     model.save_pretrained(path)
     publish(path, "1" * 40)
-    with pytest.raises(UserError, match="has verdicts under other settings"):
+    with pytest.raises(UserError, match="has verdicts that were written under other settings"):
         score("v.jsonl")
     score("w.jsonl")
     before, after = ([line["scores"][0] for line in read_jsonl(tmp_path / f"{name}.jsonl")] for name in "vw")

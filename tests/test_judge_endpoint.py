@@ -265,7 +265,9 @@ def test_no_successful_verdict_is_an_error(judge, endpoint):
 
 def test_verdicts_of_other_settings_or_texts_are_not_mixed(judge, endpoint, tmp_path):
     judge.run(*endpoint.options)
-    assert "v.jsonl has verdicts under other settings" in judge.refusal(*endpoint.options, "judge_args.temperature=1")
+    assert "v.jsonl has verdicts that were written under other settings" in judge.refusal(
+        *endpoint.options, "judge_args.temperature=1"
+    )
     write_samples(tmp_path / "a.jsonl", ["other", *A[1:]])
     assert "v.jsonl has verdicts on other texts than those of a and b (prompt_index=0)" in judge.refusal(
         *endpoint.options

@@ -110,7 +110,10 @@ def test_workers_agree_on_the_best_checkpoint(trainer, launcher, tmp_path):
     [
         (
             ["keep_best=loss"],
-            ["keep_best=loss: must be one of", "the metrics of these evaluations. Did you mean loss/eval?"],
+            [
+                "keep_best=loss: must be one of",
+                "(the metrics that this run's evaluations have). Did you mean loss/eval?",
+            ],
         ),
         (
             ["keep_best=kl_eval/per_token", "sample_during_eval=false"],

@@ -174,7 +174,7 @@ def test_busy_worker_notices_that_another_is_gone(launcher, tmp_path):
         (
             ["trainer=FSDPTrainer", "optimizer=Rprop"],
             2,
-            "optimizer=Rprop: PyTorch's can't train tensors that are spread",
+            "optimizer=Rprop: PyTorch's Rprop can't train tensors that are spread",
         ),
     ],
     ids=str,

@@ -146,7 +146,7 @@ def test_loss_that_returns_something_else_is_refused_before_work_starts(case, mo
     assert str(error.value).startswith(f"loss=sft_tokens: own {message}")
 
 
-def test_trainers_reexports_what_code_for_the_original_imports():
+def test_trainers_reexports_the_names_that_users_of_the_original_import():
     assert reexported_loss is preference_loss
     assert reexported_logps is _get_batch_logps
     assert callable(reexported_inputs)

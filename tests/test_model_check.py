@@ -148,8 +148,8 @@ def test_rows_longer_than_a_model_can_compute_are_noticed():
     model = tiny_model("gpt_neo", window_size=1024, max_position_embeddings=2 * MAX_LENGTH - 1)
     layout, message = check_model(model, SHORT)
     assert layout == Layout()
-    assert message.startswith("Prefix sharing: off; its forward fails with RuntimeError")
-    with pytest.raises(UserError, match="its forward fails with RuntimeError"):
+    assert message.startswith("Prefix sharing: off; the forward pass fails with RuntimeError")
+    with pytest.raises(UserError, match="the forward pass fails with RuntimeError"):
         check_model(model, SHORT, shared_prompt=True)
 
 
@@ -254,7 +254,9 @@ def test_model_whose_padding_changes_what_it_computes_is_refused(settings):
     with torch.no_grad():
         model.transformer.wpe.weight.normal_(0, 0.3)
     disable_dropout(model)
-    with pytest.raises(UserError, match=r"CountsFromTheEnd is wrong on padded batches: it changes .*padding_free=true"):
+    with pytest.raises(
+        UserError, match=r"CountsFromTheEnd is wrong on padded batches: log-probabilities change .*padding_free=true"
+    ):
         check_model(model, SHORT, **settings)
 
 
@@ -285,7 +287,7 @@ def test_wrong_backward_of_packed_attention_is_noticed(monkeypatch):
     attend = packed_attention._by_segment
     monkeypatch.setattr(packed_attention, "_by_segment", lambda *args: TooSteep.apply(attend(*args)))
     model = make_model(CONFIGS["llama"], torch.float32)
-    with pytest.raises(UserError, match=r"padding_free=true, .*it changes the gradient by"):
+    with pytest.raises(UserError, match=r"padding_free=true, .*the gradient changes by"):
         check_model(model, BATCHES["ordinary"], 24, padding_free=True)
 
 
@@ -296,7 +298,7 @@ def test_wrong_backward_of_the_output_head_is_noticed(monkeypatch):
     )
     layout, message = check_model(make_model(CONFIGS["llama"], torch.float32), BATCHES["ordinary"], 24)
     assert layout == PLAIN
-    assert message == "Prefix sharing: off; it changes the gradient by 10 %; concatenated_forward is used instead"
+    assert message == "Prefix sharing: off; the gradient changes by 10 %; concatenated_forward is used instead"
 
 
 EDITED = ["model=blank_model", f"model.name_or_path={ORACLE}/model", f"dataset_paths.hh={ORACLE}/hh", "max_length=128",
@@ -320,7 +322,7 @@ def test_edit_of_get_batch_logps_changes_what_is_trained(loss, metric, make_trai
     subject, plain = {"dpo": ("Prefix sharing", "concatenated_forward"),
                       "sft": ("Output head at responses only", "plain_logps")}[loss]  # fmt: skip
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "is used instead" in line]
-    assert line.startswith(f"{subject}: off; it changes log-probabilities by up to ")
+    assert line.startswith(f"{subject}: off; log-probabilities change by up to ")
     assert line.endswith(f" nats; {plain} is used instead")
     step = first_step(trainer)
     assert step[metric] == pytest.approx(2 * expected[metric], rel=1e-5)
@@ -456,7 +458,7 @@ def test_workers_fall_back_together_and_refuse_together(launcher, model_dir, tmp
     path = model_dir(transformers.GPTNeoConfig(**sizes, window_size=1024))
     overrides = [*RUN, f"model.name_or_path={path}", "loss=dpo", "trainer=FSDPTrainer", "model.reference_dtype=float32"]
     assert launcher.run(*overrides, f"local_run_dir={tmp_path}/run", n_workers=2) == 0, launcher.output
-    assert "Prefix sharing: off; its forward fails with RuntimeError" in launcher.output
+    assert "Prefix sharing: off; the forward pass fails with RuntimeError" in launcher.output
     assert launcher.run(*overrides, "shared_prompt=true", f"local_run_dir={tmp_path}/no", n_workers=2) == 1
     assert "error: shared_prompt=true, but the model GPTNeoForCausalLM can't" in launcher.output
     assert "Traceback" not in launcher.output

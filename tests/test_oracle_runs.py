@@ -63,7 +63,12 @@ TOGETHER = [
     for trainer, n_workers, shared, checkpointing in (
         ("FSDPTrainer", 2, "false", "false"),
         ("FSDPTrainer", 4 if name == "dpo" else 2, "auto", "true"),
-        ("TensorParallelTrainer", 2, "auto", "true"),  # 4 take four times as long: see test_parallel_runs.py
+        (
+            "TensorParallelTrainer",
+            2,
+            "auto",
+            "true",
+        ),  # four workers, which take four times as long, are in test_parallel_runs.py
         ("TensorParallelTrainer", 2, "false", "false"),
     )
 ]

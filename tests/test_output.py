@@ -50,10 +50,10 @@ def ascii_only(request) -> str:
 
 
 @pytest.fixture
-def train_ascii(ascii_only, train, train_alone, tmp_path):
+def train_ascii(ascii_only, train, train_in_new_python, tmp_path):
     if ascii_only == "streams":
         return functools.partial(train, script=train_after(ASCII, tmp_path))
-    return functools.partial(train_alone, env={"PYTHONCOERCECLOCALE": "0", "LC_ALL": "C", "PYTHONUTF8": "0"})
+    return functools.partial(train_in_new_python, env={"PYTHONCOERCECLOCALE": "0", "LC_ALL": "C", "PYTHONUTF8": "0"})
 
 
 def test_ascii_only_terminal_trains_and_escapes_other_letters(ascii_only, train_ascii, tmp_path):

@@ -74,6 +74,6 @@ def test_tilde_is_expanded_wherever_a_path_begins(word, monkeypatch):
     assert OverridesParser.create().parse_override(expanded)
 
 
-def test_explanations_need_no_hydra_error():
+def test_words_are_explained_even_if_hydra_can_parse_them():
     assert "e.g. lr=1e-6" in explain_override("lr", ["lr"])
     assert explain_commas("a=1,2").startswith("a=1,2: a list is typed 'a=[1,2]'")

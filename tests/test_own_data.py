@@ -129,7 +129,7 @@ def test_training_on_part_of_the_test_split_excludes_it_from_evaluation(read, tm
 
 
 @pytest.mark.parametrize(("part", "place"), [("[:75%]", r" \(.*train\.jsonl, line 3\)"), ("[25%:]", "")])
-def test_bad_row_in_part_of_a_split_is_named_by_its_line_only_if_the_part_begins_at_the_first_line(
+def test_bad_row_in_part_of_a_split_is_built_in_by_its_line_only_if_the_part_begins_at_the_first_line(
     part, place, read, tmp_path
 ):
     rows = numbered(8)
@@ -153,7 +153,9 @@ def test_glob_pattern_reads_the_matching_files(read, tmp_path):
         (tmp_path / "b/run" / name).write_text("{}\n")
     (tmp_path / "b/loop").symlink_to("..")  # a link that leads to all of them again
     assert read(f"{tmp_path}/**/*.jsonl") == found["train"]
-    write(tmp_path / "[x]*.jsonl", numbered(2))  # a name is not a pattern
+    write(
+        tmp_path / "[x]*.jsonl", numbered(2)
+    )  # an existing file's name is taken as it is, even if it looks like a pattern
     assert len(read(f"{tmp_path}/[x]*.jsonl")) == 1
 
 
@@ -193,6 +195,13 @@ def test_weight_and_n_examples_set_how_often_each_dataset_is_seen(read, tmp_path
     assert len(set(chosen)) == 7 and len(chosen) == 21  # the same every time
     assert set(read(Choice(other, n_examples=7), seed=1)) != set(chosen)
     assert len(read(Choice(other, weight=0.5), split="test")) == 1  # weights don't affect evaluation
+
+
+def test_file_listed_twice_is_read_by_the_settings_of_each_entry(read, tmp_path):
+    path = write(tmp_path / "rows.jsonl", [row | {"other": f"other {row['prompt']}"} for row in numbered(40)])
+    other = Choice(path, n_examples=7, fields={"prompt": "other"}, ignored_columns=("prompt",))
+    found = read(Choice(path, n_examples=5, ignored_columns=("other",)), other)
+    assert sum(prompt.startswith("other ") for prompt in found) == 7 and len(found) == 12
 
 
 def test_order_follows_the_seed_and_shards_split_it(read, tmp_path):
@@ -257,11 +266,11 @@ def test_run_on_own_data_is_resumed_exactly_and_refused_on_other_data(launcher, 
 # ---- truncation -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("is_named", [False, True], ids=["file", "hh"])
-def test_truncation_cuts_drops_or_refuses_long_examples(is_named, tokenizer, tmp_path, capsys):
+@pytest.mark.parametrize("is_built_in", [False, True], ids=["file", "hh"])
+def test_truncation_cuts_drops_or_refuses_long_examples(is_built_in, tokenizer, tmp_path, capsys):
     long = "start " * 20 + "end"
     texts = ["short", long]
-    if is_named:
+    if is_built_in:
         rows = [{side: f"\n\nHuman: {t}\n\nAssistant: {side}" for side in ("chosen", "rejected")} for t in texts]
         name, paths = "hh", {"hh": str(tmp_path / "data")}
     else:
@@ -281,10 +290,10 @@ def test_truncation_cuts_drops_or_refuses_long_examples(is_named, tokenizer, tmp
             found["short" if "short" in batch["prompt"][0] else "long"] = tokenizer.decode(batch["prompt_input_ids"][0])
         return found
 
-    whole_short = "\n\nHuman: short\n\nAssistant:" if is_named else "short"
+    whole_short = "\n\nHuman: short\n\nAssistant:" if is_built_in else "short"
     start, end = read("keep_start")["long"], read("keep_end")["long"]
-    assert start.startswith("\n\nHuman: start" if is_named else "start") and "end" not in start
-    assert end.endswith("\n\nAssistant:" if is_named else "end")
+    assert start.startswith("\n\nHuman: start" if is_built_in else "start") and "end" not in start
+    assert end.endswith("\n\nAssistant:" if is_built_in else "end")
     assert read(None) == {"short": whole_short, "long": end}
     capsys.readouterr()
     assert read("drop") == {"short": whole_short}

@@ -77,7 +77,7 @@ def test_truncated_response_has_no_eos_and_prompt_keeps_its_last_tokens(tokenize
     assert element["chosen_labels"][:4] == [-100] * 4
 
 
-def test_concatenated_inputs_puts_chosen_over_rejected_padded_to_one_length():
+def test_concatenated_inputs_has_chosen_rows_before_rejected_ones_padded_to_one_length():
     batch = {}
     for side, ids in (("chosen", [[5, 6]]), ("rejected", [[7, 8, 9]])):
         for kind in ("input_ids", "attention_mask", "labels"):
@@ -104,7 +104,7 @@ def iterate(tokenizer, paths, **kwargs):
         ({"n_epochs": 1, "n_examples": 150, "batch_size": 100}, [100, 100]),
         ({"n_examples": 150, "batch_size": 100, "drop_last": False}, [100, 50]),
         ({"n_examples": 240, "batch_size": 100, "drop_last": False}, [100, 100, 40]),
-        ({"n_examples": 350, "batch_size": 100, "drop_last": False}, [100, 100, 40]),  # each once
+        ({"n_examples": 350, "batch_size": 100, "drop_last": False}, [100, 100, 40]),  # no pair is repeated
         ({"n_examples": 999, "batch_size": 500, "drop_last": False}, [240]),
     ],
 )
@@ -201,7 +201,9 @@ def test_dataset_entry_sets_truncation_and_path(mode, monkeypatch, tokenizer, tm
         return {prompt: {"responses": [" a", " b"], "pairs": [(0, 1)], "sft_target": " a"}}
 
     (tmp_path / "prompt.txt").write_text("first " * 30 + "last " * 30)
-    entry = Dataset(get_xyz) if mode == "keep_end" else Dataset(get_xyz, truncation_mode=mode)  # dialogues, by default
+    entry = (
+        Dataset(get_xyz) if mode == "keep_end" else Dataset(get_xyz, truncation_mode=mode)
+    )  # the default is keep_end
     monkeypatch.setitem(DATASETS, "xyz", entry)
     (batch,) = get_batch_iterator(
         ["xyz"], tokenizer, n_epochs=1, silent=True, paths={"xyz": str(tmp_path)}, max_length=20, max_prompt_length=10

@@ -262,8 +262,8 @@ def test_held_memory_is_counted_to_the_byte(on_gpu):
     n_weights = {family: sum(p.numel() for p in meta_model(family, torch.float32, False).parameters()) for family in
                  ("gpt2", "llama")}  # fmt: skip
     for family, n in n_weights.items():
-        ((held,), (line,)) = on_gpu(plan, family, n_gpus=1, free=3 * 10**9)
-        held = held.held
+        ((found,), (line,)) = on_gpu(plan, family, n_gpus=1, free=3 * 10**9)
+        held = found.held
         assert {key: held[key] for key in ("weights", "gradients", "optimizer", "reference")} == {
             "weights": 4 * n, "gradients": 4 * n, "optimizer": 4 * n, "reference": 2 * n
         }  # fmt: skip
@@ -311,7 +311,7 @@ def test_run_that_cannot_fit_is_refused_with_remedies(on_gpu):
     assert "model.reference_dtype" not in str(error.value)
 
 
-def test_optimizer_steps_over_all_weights_at_once_only_if_another_copy_fits(on_gpu):
+def test_optimizer_updates_all_weights_at_once_only_if_a_copy_of_the_gradients_fits(on_gpu):
     ((roomy,), _) = on_gpu(plan, "llama", n_gpus=1, free=4 * 10**9)
     to_come = roomy.held["gradients"] + roomy.held["optimizer"]
     for left, fits in ((roomy.held["gradients"] - 1, False), (roomy.held["gradients"], True)):

@@ -125,7 +125,7 @@ def test_each_reference_has_its_own_cache_whatever_the_policy_is(make_trainer, s
     ],
     ids=str,
 )
-def test_several_workers_train_against_a_reference_model_as_one(
+def test_several_workers_with_a_reference_model_train_like_one_worker(
     trainer, more, make_trainer, sft, dpo, launcher, tmp_path
 ):
     overrides = [*TOY, "n_examples=8", *more, f"model.archive={dpo}", f"reference_model.archive={sft}"]
@@ -206,7 +206,7 @@ def swap_two_tokens(directory: Path):
     path.write_text(json.dumps(tokenizer))
 
 
-def test_tokenizer_beside_a_reference_archive_is_compared_in_the_current_directory_too(
+def test_tokenizer_beside_a_reference_archive_given_as_a_bare_name_is_compared(
     make_trainer, sft, tmp_path, monkeypatch
 ):
     shutil.copytree(sft, tmp_path / "sft")
@@ -253,7 +253,7 @@ def test_error_for_reference_weights_that_do_not_fit_names_the_key(make_trainer,
         make_trainer(*TOY, f"reference_model.archive={tmp_path}/bad.pt")
 
 
-def test_reference_model_inherits_lower_layers_and_drops_higher_ones():
+def test_reference_takes_earlier_sources_from_the_policy_and_drops_later_ones():
     def source(scratch=False, **given) -> Source:
         model = {"name_or_path": "base", "archive": "weights", "adapter": "lora", "from_scratch": scratch}
         own = {"name_or_path": None, "archive": None, "adapter": None, **given}

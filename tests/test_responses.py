@@ -54,12 +54,12 @@ def row(index: int, prompt: object = "p") -> str:
 
 BAD = {
     "nothing": ("", "it has no responses; give JSON Lines as sample.py writes them"),
-    "something else": (row(0) + '{"x": 1}\n', "line 2: no response, its fields are x; give"),
-    "a cut-off line": (row(0) + row(1)[:-5], "line 2: no JSON: "),
+    "something else": (row(0) + '{"x": 1}\n', "line 2: not a response: its fields are x; give"),
+    "a cut-off line": (row(0) + row(1)[:-5], "line 2: invalid JSON: "),
     "a response twice": (row(0) + row(1) + row(0), "line 3: prompt_index=0, sample=0 is listed twice"),
     "a negative number": (row(0) + row(-1), "line 2: prompt_index and sample must be integers, 0 or more"),
     "a number as a prompt": (row(0, 5), "line 1: the prompt is neither a string nor messages"),
-    "entries that are no objects": ("[1]", "entry 1: no JSON object; give"),
+    "entries that are no objects": ("[1]", "entry 1: not a JSON object; give"),
 }
 
 

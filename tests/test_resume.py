@@ -127,7 +127,7 @@ def test_run_killed_at_random_moments_ends_as_one_that_never_stopped(kind, launc
     assert {path: path.stat().st_mtime_ns for path in cut.rglob("*")} == before
 
 
-SIGNALLED = {  # time of the signal: overrides, the last line of the log before it, the first that must not follow
+SIGNALLED = {  # when it is sent: overrides, the log line after which it is sent, the line that must not follow
     "evaluation": (["n_eval_examples=100", "n_examples=8"], "Writing to", "eval 0 "),
     "sampling": (["n_eval_model_samples=16", "n_eval_examples=16", "n_examples=16"], "Writing to", "eval 0 "),
     "training": (["do_first_eval=false", "n_examples=200", "eval_every=480"], "First step: ", "eval 200 "),
@@ -246,7 +246,7 @@ def run_dir(finished, tmp_path):
         ),
         (
             ["reference_update_every=2", "resume_anyway=true"],
-            ["reference_update_every=2: ", "has no reference.pt, as its run's reference stayed as it was"],
+            ["reference_update_every=2: ", "has no reference.pt, because the reference of its run never moved"],
         ),
         (["local_run_dir=elsewhere"], ["local_run_dir=elsewhere, but resume=", "leave local_run_dir out"]),
     ],

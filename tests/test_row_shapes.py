@@ -251,12 +251,12 @@ READ = {  # rows (only the first of each is compared), settings, the example in 
         ([user("a")], ROSE, NO),
     ),
     "responses as a single message": ([{"prompt": ASKED, "chosen": ROSE[0], "rejected": NO[0]}], {}, (ASKED, ROSE, NO)),
-    "responses as strings to messages": (
+    "strings as responses to messages": (
         [{"prompt": ASKED, "chosen": "A red rose.", "rejected": "No."}],
         {},
         (ASKED, ROSE, NO),
     ),
-    "prompt as a string to messages": (
+    "a string as the prompt of messages": (
         [{"prompt": "Name a red thing.", "chosen": ROSE, "rejected": NO}],
         {},
         (ASKED, ROSE, NO),
@@ -324,7 +324,7 @@ READ = {  # rows (only the first of each is compared), settings, the example in 
         {},
         (ASKED, [assistant("", tool_calls=[CALL])], NO, [TOOL]),
     ),
-    "tools to strings": (
+    "tools with plain strings": (
         [{"tools": [TOOL], "prompt": c, "chosen": "x", "rejected": "y"} for c in "ab"],
         {},
         ([user("a")], [assistant("x")], [assistant("y")], [TOOL]),
@@ -404,6 +404,6 @@ READ = {  # rows (only the first of each is compared), settings, the example in 
 
 
 @pytest.mark.parametrize("name", READ)
-def test_row_is_read_as_written_by_hand(name):
+def test_rows_give_the_expected_example(name):
     rows, settings, expected = READ[name]
     assert read(rows, **settings)[0] == expected

@@ -160,7 +160,7 @@ def test_interrupted_sampling_ends_with_the_same_file_in_the_order_of_the_data(l
     assert texts(tmp_path / "cut") == texts(tmp_path / "whole")
     code = launcher.run(*run, "temperature=0.5", f"output={tmp_path}/cut", script=SAMPLE)
     assert code == 1
-    assert "samples under other settings" in launcher.output
+    assert "samples that were written under other settings" in launcher.output
 
 
 def test_sampling_writes_messages_checkpoints_and_alpaca_eval(launcher, trained, tmp_path):  # noqa: F811
@@ -229,10 +229,10 @@ def test_output_of_another_model_or_other_prompts_is_refused(launcher, trained, 
     output = draw(launcher, *RUN, *options, f"model.archive={run_dir}/step-8")
     assert "1 sample drawn, 0 already in" in output
     assert launcher.run(*RUN, *options, f"model.archive={run_dir}/LATEST", "max_new_tokens=8", script=SAMPLE) == 1
-    assert "samples under other settings" in launcher.output
+    assert "samples that were written under other settings" in launcher.output
     (tmp_path / "p.jsonl").write_text('{"prompt": "b"}\n')
     assert launcher.run(*RUN, *options, f"model.archive={run_dir}/step-8", "max_new_tokens=8", script=SAMPLE) == 1
-    assert "samples under other settings" in launcher.output
+    assert "samples that were written under other settings" in launcher.output
 
 
 def test_malformed_line_of_prompts_is_named(launcher, trained, tmp_path):  # noqa: F811

@@ -59,7 +59,7 @@ PLACEMENTS = [  # mesh, placements
 
 
 def check_pieces():
-    """Check the pieces of an uneven tensor by its values, which number its elements."""
+    """Check the pieces of a tensor that doesn't divide evenly; the value of each element is its index."""
     full = torch.arange(7 * 12).reshape(7, 12)
     for shape, placements in PLACEMENTS:
         mesh = init_device_mesh("cpu", shape)

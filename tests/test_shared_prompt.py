@@ -250,7 +250,7 @@ def test_wrong_numbers_from_sharing_are_noticed(monkeypatch):
     model = make_model(CONFIGS["llama"], torch.float32)
     layout, message = check_model(model, BATCHES["ordinary"], MAX_LENGTH)
     assert layout == Layout()
-    assert message.startswith("Prefix sharing: off; it changes log-probabilities by up to ")
+    assert message.startswith("Prefix sharing: off; log-probabilities change by up to ")
 
 
 def test_shared_prompt_false_computes_two_sequences_per_pair():

@@ -268,11 +268,11 @@ def test_time_left_follows_the_speed_so_far_without_the_first_evaluation(monkeyp
     now[0] = 500
     table.evaluation(metrics(200, 0.5, 0.75))
     now[0] += 40
-    assert table.left(240) == "12m40s"  # 40 seconds for 40 examples, 760 left
+    assert table.time_left(240) == "12m40s"  # 40 seconds for 40 examples, 760 left
     table.evaluation(metrics(240, 0.5, 0.75))
     now[0] += 40
-    assert table.left(240) == "25m20s"
-    assert table.left(1000) == "0s"
+    assert table.time_left(240) == "25m20s"
+    assert table.time_left(1000) == "0s"
 
 
 def test_long_loading_is_reported_every_minute(monkeypatch, capsys):
