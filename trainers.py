@@ -22,6 +22,7 @@ from acceleration.packed_attention import use_packed_attention
 from acceleration.reference_cache import LogpsCache, fill_cache
 from acceleration.speed_up import speed_up
 from acceleration.whole_batch_losses import whole_batch_losses
+from basics.printing import counted
 from checkpointing import best, train_state
 from checkpointing.background import Background
 from checkpointing.checkpoints import check_shared
@@ -140,10 +141,8 @@ class BasicTrainer:
         ]
         self.n_eval_examples = n_examples = self.eval_iterator.n_examples
         if config.sample_during_eval and config.n_eval_model_samples > n_examples:
-            rank0_print(
-                f"WARNING: n_eval_model_samples={config.n_eval_model_samples}, but only {n_examples} examples are "
-                "evaluated"
-            )
+            n_samples, all_examples = config.n_eval_model_samples, counted(n_examples, "example")
+            rank0_print(f"WARNING: n_eval_model_samples={n_samples}, but the evaluation has only {all_examples}")
 
     def _set_up_policy(self, policy: ModelOrLoader):
         config = self.config
