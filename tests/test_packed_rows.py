@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 import transformers
-from conftest import ORACLE, mark_exhaustive_except, read_jsonl
+from conftest import ORACLE, read_jsonl
 from launcher import train_after
 from test_shared_prompt import (
     BATCHES,
@@ -299,16 +299,9 @@ SHORT_SFT = ["loss=sft", "n_examples=8", "n_eval_examples=4", "do_first_eval=fal
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
-    ("backend", "more"),
-    mark_exhaustive_except(
-        [
-            ("eager", SHORT_SFT),
-            ("aot_eager", SHORT_SFT),
-            ("inductor", ["loss=dpo"]),
-        ],
-        ("eager", SHORT_SFT),
-    ),
+    ("backend", "more"), [("eager", SHORT_SFT), ("aot_eager", SHORT_SFT), ("inductor", ["loss=dpo"])]
 )
 def test_compiled_blocks_give_the_uncompiled_numbers(backend, more, launcher, tmp_path):
     """Training uses `inductor`, which takes minutes to generate code.
