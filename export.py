@@ -5,9 +5,9 @@ adapter is merged into its base.
 """
 
 if __name__ == "__main__":  # before the imports that take seconds, so that Ctrl-C ends them
-    from basics.interrupts import let_interrupts_end_at_once
+    from basics.interrupts import let_interrupts_end_the_process
 
-    let_interrupts_end_at_once()
+    let_interrupts_end_the_process()
 
 import os
 import shutil
@@ -75,7 +75,7 @@ def copy_model(checkpoint: str, output: str):
 
 
 def copy_files(names: Iterable[str], directory: str, output: str):
-    """Copy files of a directory, which may be in folders within it."""
+    """Copy files, given by their paths relative to `directory`."""
     for name in names:
         path = os.path.join(output, name)
         os.makedirs(os.path.dirname(path), exist_ok=True)

@@ -1,9 +1,9 @@
 """Draw responses from a run's checkpoints, or from any model: `python sample.py run=RUN`, with the keys of train.py."""
 
 if __name__ == "__main__":  # before the imports that take seconds, so that Ctrl-C ends them
-    from basics.interrupts import let_interrupts_end_at_once
+    from basics.interrupts import let_interrupts_end_the_process
 
-    let_interrupts_end_at_once()
+    let_interrupts_end_the_process()
 
 import functools
 

@@ -1,9 +1,9 @@
 """Train a language model with SFT, DPO or another loss: `python train.py model=tiny datasets=[toy] loss=sft`."""
 
 if __name__ == "__main__":  # before the imports that take seconds, so that Ctrl-C ends them
-    from basics.interrupts import let_interrupts_end_at_once
+    from basics.interrupts import let_interrupts_end_the_process
 
-    let_interrupts_end_at_once()
+    let_interrupts_end_the_process()
 
 import contextlib
 import functools

@@ -150,8 +150,9 @@ class Standard:
         ]
         self.lengths = torch.stack([torch.cat(side) for side in sides]).clamp(min=1)  # (sides, E) in tokens
         size = float((numbers.logps / self.lengths.sqrt()).square().mean().sqrt())
-        last_digits = 2 * torch.finfo(torch.float32).eps * size, 2 * torch.finfo(torch.float32).eps
-        self.rounding = [max(pair) for pair in zip(self.distances(perturbed), last_digits, strict=True)]
+        # two units in the last digit of float32: of a log-probability, of a gradient relative to its norm
+        least_noise = 2 * torch.finfo(torch.float32).eps * size, 2 * torch.finfo(torch.float32).eps
+        self.rounding = [max(pair) for pair in zip(self.distances(perturbed), least_noise, strict=True)]
 
     def distances(self, ours: Numbers) -> tuple[float, float]:
         """Return how far `ours` are from the standard; the example of full length may be missing.

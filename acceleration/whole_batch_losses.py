@@ -98,8 +98,8 @@ def _linearized(
     sizes = [len(part) for part in counted]
     own = {name: torch.cat([part[name] for part in inputs]) for name in inputs[0]} | {"counted": torch.cat(counted)}
     whole, start = _gathered(own, strategy)
-    counts = whole.pop("counted")
-    leaves = {name: values[counts] for name, values in whole.items()}
+    is_counted = whole.pop("counted")
+    leaves = {name: values[is_counted] for name, values in whole.items()}
     trained = [name for name in leaves if name.startswith("policy_")]
     with torch.enable_grad():
         result = loss(leaves | {name: leaves[name].requires_grad_() for name in trained})
@@ -107,7 +107,7 @@ def _linearized(
     slopes = {name: slope for name, slope in zip(trained, gradients, strict=True) if slope is not None}
 
     def with_zeros(values: torch.Tensor) -> torch.Tensor:  # for the examples that don't count
-        return values.new_zeros(len(counts)).masked_scatter(counts, values.detach())
+        return values.new_zeros(len(is_counted)).masked_scatter(is_counted, values.detach())
 
     values = tree_map(with_zeros, (result, slopes))
     bounds = itertools.pairwise(itertools.accumulate(sizes, initial=start))

@@ -18,7 +18,7 @@ from typing import IO
 
 from basics.errors import UserError
 
-_FLUSHES_DIRECTORIES = os.name == "posix"  # Windows opens no directory, and flushes only files that can be written
+_FLUSHES_DIRECTORIES = os.name == "posix"  # Windows can't open directories, and flushes only files open for writing
 PARTIAL = r"\.partial-[0-9a-f]{8}"  # regular expression for the suffix of unfinished files
 LFS_POINTER = b"version https://git-lfs"  # the first bytes of a file that git lfs hasn't replaced by its content
 

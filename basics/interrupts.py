@@ -8,7 +8,7 @@ from collections.abc import Iterator
 INTERRUPTED = 130  # the exit code after Ctrl-C, as shells have it
 
 
-def let_interrupts_end_at_once():
+def let_interrupts_end_the_process():
     """Let Ctrl-C end the process at once until `interrupts_reported`; commands call this before their other imports.
 
     Some libraries swallow a KeyboardInterrupt in their imports, or turn it into another error.

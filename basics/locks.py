@@ -39,7 +39,7 @@ def locked(path: str, origin: str, busy: str) -> Iterator[int]:
     the directory, if the file system passes flock on, as CephFS, NFS and Lustre (mounted with `flock`) do. If a machine
     crashes, the server releases its locks, on NFS after a minute or two. A mount that keeps locks local (`nolock`,
     `local_lock`, `localflock`) shuts out only this machine's processes. If the file system has no locks at all, a
-    warning is printed. Windows has no flock: there `filelock` locks a second file, so that others can still read this.
+    warning is printed. Windows has no flock: there `filelock` locks a second file, so `path` can still be read.
 
     Args:
         origin: key and value that name the file, for messages.

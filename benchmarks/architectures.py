@@ -63,7 +63,7 @@ _FIELDS = {
     0: "pad_token_id bos_token_id num_kv_shared_layers",
 }
 _SIZES = {name: value for value, names in _FIELDS.items() for name in names.split()}
-_OF_TYPE = {
+_SIZES_OF_TYPE = {
     "gpt_neo": {"attention_types": [[["global", "local"], N_LAYERS // 2]]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * (N_LAYERS // 2)},
     "mamba2": {"num_heads": 8},
@@ -91,7 +91,7 @@ def tiny_sizes(config_class: type) -> dict:
             sizes[name] = tiny_sizes(type(getattr(default, name)))
     if "kv_lora_rank" in sizes:  # multi-head latent attention has equally many heads
         sizes["num_key_value_heads"] = sizes["num_attention_heads"]
-    return sizes | _OF_TYPE.get(config_class.model_type, {})
+    return sizes | _SIZES_OF_TYPE.get(config_class.model_type, {})
 
 
 def tiny_model(model_type: str, **overrides) -> nn.Module:
@@ -228,14 +228,14 @@ def try_model(model: nn.Module) -> Outcome:
         layout, _ = check_model(model, short, padding_free=True)
     except UserError:
         return outcome
-    kind = "shared" if layout.shares_prompts else "by itself"
+    kind = "shared" if layout.shares_prompts else "padded"
     outcome.without_padding = f"{kind}: {_in_table(**compare(model, layout))}"
     model.config._attn_implementation = attention
     return outcome
 
 
 def try_type(model_type: str, queue: multiprocessing.SimpleQueue):
-    """Try a model type in float64, or in float32 if it can't be computed in that, and in bfloat16.
+    """Try a model type in bfloat16, and in float64, or in float32 if float64 fails.
 
     Puts the `Results` found so far into the queue, again and again.
     """
@@ -335,7 +335,7 @@ transformers {transformers} and torch {torch}, max_length={max_length}.
 - *without padding*: whether rows can be packed too (`padding_free=true`), in the precision of the float64 column, and
   whether they then share prompts (*shared*) or not (*padded*).
 - *why*: for *padded* and *plain*, why prompts aren't shared. "Log-probabilities change" and "the forward pass fails"
-  are said of the computation with shared prompts.
+  are about the computation with shared prompts.
 - In bfloat16, and in a mixture of experts even in float32, rounding alone may make large differences: the weights are
   much larger than trained ones.
 
@@ -367,7 +367,7 @@ def main():
         text = HEADER.format(**versions, max_length=MAX_LENGTH, summary=summary) + "\n".join(rows) + "\n"
         OUTPUT.parent.mkdir(exist_ok=True)
         OUTPUT.write_text(text)
-    sys.exit(f"chosen, but wrong: {', '.join(wrong)}" if wrong else 0)
+    sys.exit(f"the chosen layout gives wrong numbers: {', '.join(wrong)}" if wrong else 0)
 
 
 if __name__ == "__main__":

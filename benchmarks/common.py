@@ -1,4 +1,4 @@
-"""Helpers of the benchmarks: random pairs, models of other sizes, a process's memory, tables. They need only torch."""
+"""Helpers of the benchmarks: random pairs, models of other sizes, a process's memory, tables."""
 
 import ctypes
 import gc

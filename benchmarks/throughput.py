@@ -4,12 +4,12 @@
 pythia-2.8b` is for a GPU. Tokens and weights are random; nothing is downloaded. Prompts and responses are as long as in
 Anthropic's Helpful-Harmless dialogues. TRL is measured if it is installed.
 
-All ways start from the same weights and take the same number of steps on the same batches. Collation is not timed;
-everything else in a step is. The columns:
+All ways start from the same weights and take the same number of steps on the same batches. Forward and backward passes
+and the update are timed; collating and preparing a batch is not. The columns:
   pairs/s                      from each step's median time over the rounds
   computed tokens per pair     positions that pass through the policy, with padding, counted at its input embeddings
-  peak memory                  during steps, minus the memory in use before the first step: without the weights of
-                               policy and reference, which stay loaded, even if the reference is cached
+  peak memory                  during steps, minus the memory in use before the first step, so without the weights of
+                               policy and reference, which are both loaded, also if the reference is cached
   largest gradient difference  max |g - g_original| / max |g_original|, the largest over all parameters, for the first
                                batch, before clipping. Computed in float32, because in bfloat16 the original's rounding
                                errors are as large as some gradients; only TRL with its defaults stays in bfloat16
@@ -49,7 +49,7 @@ from utils import disable_dropout, slice_and_move_batch_for_device
 
 BETA, LEARNING_RATE, MAX_GRAD_NORM = 0.1, 5e-7, 10.0
 
-PRESETS = {  # 8 microbatches of 8 pairs, as on each of the original's four GPUs: 64 / (2 microbatches * 4)
+PRESETS = {  # microbatches of 8 pairs, as on each of the original's four GPUs: 64 / (2 microbatches * 4)
     "pythia-2.8b": {
         "hidden": 2560, "layers": 32, "heads": 32, "mixed_precision": True, "batch_size": 64, "n_microbatches": 8,
     },
@@ -71,7 +71,7 @@ class Models:
         return self.policy.device
 
     def restore(self):
-        """Give the policy its initial weights again."""
+        """Give the policy the reference's weights: its initial ones (with mixed precision, rounded to bfloat16)."""
         with torch.no_grad():
             for parameter, initial in zip(self.policy.parameters(), self.reference.parameters(), strict=True):
                 parameter.copy_(initial)
@@ -139,7 +139,7 @@ def memory_peak(device: torch.device) -> float:
 
 
 def build_models(args: Namespace) -> Models:
-    """Build two equal models with random weights, without dropout."""
+    """Build two models with the same random weights, without dropout; mixed precision rounds the reference's."""
     head_size = args.hidden // args.heads
     options = {
         "vocab_size": args.vocab, "hidden_size": args.hidden, "intermediate_size": 4 * args.hidden,
@@ -432,7 +432,7 @@ def parse_args(words: list[str] | None = None) -> Namespace:
     parser.add_argument("--batch-size", type=int, default=16, help="pairs per optimizer step")
     parser.add_argument("--n-microbatches", type=int, default=1, help="smallest number of microbatches in a batch")
     parser.add_argument("--max-tokens", type=int, help="most tokens in a microbatch (not for the original and TRL)")
-    parser.add_argument("--activation-checkpointing", action="store_true", help="use it in all ways")
+    parser.add_argument("--activation-checkpointing", action="store_true", help="for every way")
     parser.add_argument("--steps", type=int, default=8, help="timed steps per way and round")
     parser.add_argument("--warmup", type=int, default=1, help="untimed steps before them, on the first batch")
     parser.add_argument("--repeats", type=int, default=3, help="rounds in which the ways take turns")

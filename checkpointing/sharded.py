@@ -39,7 +39,7 @@ class Box(NamedTuple):
 
     @property
     def end(self) -> tuple[int, ...]:
-        """The indices behind the box's last ones in the whole tensor."""
+        """The box's exclusive end in the whole tensor."""
         return tuple(first + size for first, size in zip(self.offset, self.shape, strict=True))
 
     @property
@@ -63,7 +63,7 @@ def held_boxes(tensor: torch.Tensor) -> list[Box]:
 
 
 def boxes_to_write(tensor: torch.Tensor) -> list[Box]:
-    """Return the boxes that this worker writes; together, the workers write each value of the tensor once.
+    """Return the boxes that this worker writes; together, the workers write every value of the tensor.
 
     Workers that hold the same rows divide them among themselves; rank 0 writes tensors that aren't distributed.
     """

@@ -39,7 +39,7 @@ class TrainState:
     best: dict[str, float] = field(default_factory=dict)  # the best value so far of the metric that `keep_best` names
     best_at: int | None = None  # `examples` at that evaluation
     worse: int = 0  # number of evaluations since the best one
-    max_tokens: int | None = None  # tokens in the largest microbatch; another value would change rounding
+    max_tokens: int | None = None  # the limit on tokens in a microbatch; another value would change rounding
     loss_memory: dict[str, float] = field(default_factory=dict)  # moving averages of the loss, if it keeps any
     metrics: dict[str, float] = field(default_factory=dict)  # of the last evaluation
     wandb_run_id: str | None = None

@@ -25,7 +25,7 @@ from objectives.modifiers import UNLISTED
 from utils import UserError, get_local_dir
 
 _MODIFIERS = "|".join(UNLISTED)
-# keys that no YAML file lists: in sections of `FREE_KEYS`, of a loss's modifiers, of the parts of loss=mix
+# keys that no YAML file lists: those in sections of `FREE_KEYS`, modifiers of a loss, options of the parts of loss=mix
 _FREE = re.compile(rf"(?:{'|'.join(FREE_KEYS)}|judge_args|engine_args|loss\.(?:{_MODIFIERS})=|loss\.parts|loss\.\w+\.)")
 
 

@@ -122,7 +122,7 @@ def run_with_options(config: DictConfig, config_name: str, make_options: Callabl
 def check_hub_models(config: DictConfig, checkpoints: list[str | None], given: list[str]):
     """Refuse checkpoints whose run started from other hub commits than those loaded; rank 0 decides for all.
 
-    `given`: the keys on the command line; a model that one of them names need not be the run's.
+    `given`: the keys on the command line; a model given by one of these keys may differ from the run's model.
     """
     error = None
     if on_rank0():

@@ -176,7 +176,7 @@ def _checked_run_dir(config: DictConfig, overrides: str, log: SweepLog) -> str:
 
 
 def job_name() -> str:
-    """Return a directory name made of the job's overrides, of characters that need no quoting in an override."""
+    """Return a directory name made of the job's overrides, of characters that a shell needs no quotes for."""
     overrides = [f"{key}-{value}" for key, value in job_overrides().items()]
     name = re.sub(r"[^\w.+-]+", "_", "_".join(overrides)) or f"job_{OmegaConf.select(HydraConfig.get(), 'job.num')}"
     if len(name) > _LONGEST_NAME:

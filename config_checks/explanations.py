@@ -86,8 +86,9 @@ def explain_hydra_error(error: Exception, config_name: str = "config", words: li
     if (key := re.search(r"Could not override '([^']+)'", text)) and not key[1].startswith("hydra"):
         inner = re.search(r"full_key: (\S+)", text)  # the unknown key if a whole section was given
         return _explain_refused_key(inner[1] if inner and inner[1].startswith(key[1]) else key[1], config_name)
-    if key := re.search(r"HydraConfig was not set\n.*full_key: (\S+)", text):  # + and ~ need the default's value
-        return f"{key[1]} can be set as {key[1]}=VALUE alone, without + or ~"
+    # after + or ~, Hydra evaluates the default, which refers to Hydra's own config
+    if key := re.search(r"HydraConfig was not set\n.*full_key: (\S+)", text):
+        return f"set {key[1]} by {key[1]}=VALUE, without + or ~"
     # values that Hydra doesn't parse as a string
     not_a_name = r"[+~]*(loss|model)=(null|true|false|nan|inf|[-+.\d].*|[\[{$].*)?"
     groups = [word for word in words if re.fullmatch(not_a_name, word, re.IGNORECASE)]
@@ -105,7 +106,8 @@ def _explain_missing_file(error: MissingConfigException) -> str:
     options = ", ".join(error.options)
     if group == "loss" and name in LOSSES:
         file = f"loss/{name}.yaml"
-        return f"loss={name}: LOSSES has it, but no config folder has {file}; write it, with its name and options"
+        missing = f"LOSSES has this loss, but no config folder has {file}"
+        return f"loss={name}: {missing}; write that file, with the loss's name and options"
     if group == "loss" and (other := other_loss(name)):
         return f"no loss={name}{other} There are: {options}"
     others = "; or give a folder, or an id on the hub, OWNER/NAME" if group == "model" else ""

@@ -88,17 +88,17 @@ def _reason(value: str) -> str:
                 return f"{character!r} closes nothing"
         elif character == "=":
             is_in_mapping = open_brackets[-1:] == ["{"]
-            return "inside { } it is key:value" if is_in_mapping else f"a second '=' {must_be_quoted}"
+            return "inside { } write key:value, not key=value" if is_in_mapping else f"a second '=' {must_be_quoted}"
         elif not _UNQUOTED.match(character):
             return f"{character!r} {must_be_quoted}"
     if quote:
         return f"the quote {quote} is never closed"
     if open_brackets:
         return f"{open_brackets[-1]!r} is never closed"
-    return _reason_in_form(value)
+    return _reason_despite_valid_characters(value)
 
 
-def _reason_in_form(value: str) -> str:
+def _reason_despite_valid_characters(value: str) -> str:
     """Return why Hydra can't read a value whose characters and brackets are right."""
     if "(" in value:
         return "lists are written with [ ], not with ( )"

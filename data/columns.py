@@ -63,7 +63,7 @@ class Columns:
     ignored: tuple[str, ...] = ()
     # maps a column to the kind of most of its values, as single rows may be bad
     kinds: dict[str, str] = field(init=False)
-    known: dict[str, str] = field(init=False)  # maps a field of the format to the kind of its column
+    known: dict[str, str] = field(init=False)  # maps fields, and columns that are neither mapped nor ignored, to kinds
 
     def __post_init__(self):
         counts: dict[str, Counter] = {}

@@ -138,7 +138,10 @@ def _joined_parts(content: object, place: str) -> object:
 
 
 def _tool_calls(value: object, place: str) -> list[dict]:
-    """Return calls as {"type": "function", "function": {"name": ..., "arguments": {...}}}, with nulls in arguments."""
+    """Return calls as {"type": "function", "function": {"name": ..., "arguments": {...}}}.
+
+    Keys that hold null are left out, except in arguments.
+    """
     calls = decoded(value)
     calls = [calls] if isinstance(calls, dict) else calls
     if not isinstance(calls, list) or not calls:

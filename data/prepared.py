@@ -20,7 +20,7 @@ SCHEMA = pa.schema(
         "pairs": IDS,  # flat: preferred, dispreferred, preferred, ...
         "target": pa.int32(),
         "label": pa.bool_(),
-        "n_kept": pa.int32(),
+        "n_kept": pa.int32(),  # leading tokens of the prompt that truncation keeps: BOS, or none
         "prompt_ids": IDS,
         "response_ids": pa.list_(IDS),
         "trained": pa.list_(IDS),  # each response's runs of trained tokens, as start, end, start, end, ...
@@ -34,12 +34,12 @@ class PreparedPrompts(Sequence):
     `drop` drops examples in memory; the file stays as it is.
     """
 
-    def __init__(self, directory: str, role: str, dataset: str, truncation_mode: str, accepted_kinds: Sequence[str]):
-        self.dataset, self.split, self.truncation_mode = dataset, role, truncation_mode
+    def __init__(self, directory: str, split: str, dataset: str, truncation_mode: str, accepted_kinds: Sequence[str]):
+        self.dataset, self.split, self.truncation_mode = dataset, split, truncation_mode
         with open(os.path.join(directory, "info.json"), encoding="utf-8") as file:
             self.info = json.load(file)
-        self.fingerprint = self.info[role]["fingerprint"]
-        table = pa.ipc.open_file(pa.memory_map(os.path.join(directory, f"{role}.arrow"))).read_all()
+        self.fingerprint = self.info[split]["fingerprint"]
+        table = pa.ipc.open_file(pa.memory_map(os.path.join(directory, f"{split}.arrow"))).read_all()
         self.columns = {name: table[name] for name in SCHEMA.names}
         self._all_pairs = pc.list_flatten(self.columns["pairs"]).to_numpy().reshape(-1, 2)
         self.kept = np.ones(len(self._all_pairs), dtype=bool)  # mask of the pairs that weren't dropped
@@ -119,8 +119,9 @@ class PreparedPrompts(Sequence):
     def lengths(self, sft_mode: bool, add_bos: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return the number of tokens in each example's prompt and in its longer response, and its prompt's index.
 
-        All have shape (n_examples,). Prompts are counted with the token added by `add_bos`. In unpaired data, each
-        response has its own prompt; then both numbers are those of the longer sequence.
+        All have shape (n_examples,). With `sft_mode`, the response is the SFT target. Prompts are counted with the
+        token added by `add_bos`. In unpaired data, each response has its own prompt; then both numbers are those of the
+        longer sequence.
         """
         n_responses = self._list_lengths("response_ids")
         first_response = np.concatenate([[0], n_responses.cumsum()])

@@ -40,7 +40,7 @@ def share_text(iterators: list[BatchIterator | None], directory: str):
     Args:
         directory: a directory for the file, which is deleted once all workers have opened it.
 
-    Raises: UserError on all workers if the file can't be written.
+    Raises: UserError on all workers of a machine that can't write the file.
     """
     for iterator in filter(None, iterators):
         parts = iterator.prompts.datasets

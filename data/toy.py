@@ -10,9 +10,9 @@ preferred: P(a over b) = σ(r(a) - r(b)). So the policy that DPO approaches from
 """
 
 if __name__ == "__main__":  # before the imports that take seconds, so that Ctrl-C ends them
-    from basics.interrupts import let_interrupts_end_at_once
+    from basics.interrupts import let_interrupts_end_the_process
 
-    let_interrupts_end_at_once()
+    let_interrupts_end_the_process()
 
 import functools
 import json

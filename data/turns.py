@@ -1,4 +1,4 @@
-"""Find the characters that the assistant wrote in a rendered dialogue, and the parts of messages that it lacks.
+"""Find what the assistant wrote in a rendered dialogue, and the parts of messages that the rendering leaves out.
 
 A chat template doesn't show who wrote what, unless it marks the assistant's turns by `{% generation %}`. So each turn
 is found by rendering the dialogue up to it. Some templates write an unfinished dialogue differently (Qwen 3 drops
@@ -46,7 +46,9 @@ class Dialogue:
         """
         self.apply, self.end_token, self.is_marked = apply, end_token, is_marked
         self.messages, self.n_prompt = prompt + response, len(prompt)
-        self._stand_ins: dict[int, str] = {}  # maps a message's `id` to the placeholder of a content to keep unaltered
+        self._stand_ins: dict[
+            int, str
+        ] = {}  # maps id(message) to a placeholder that is rendered in place of its content
         self.text = self.render(self.messages)
 
     def render(self, messages: list[dict], **kwargs) -> str:
@@ -245,7 +247,7 @@ def holds(text: str, part: str) -> bool:
 
 
 def _missing_words(part: str, text: str, position: int) -> str:
-    """Return the words of a part without its longest prefix, or suffix, that occurs in the text after a position."""
+    """Return the words that are left of a part after removing its longest prefix, or suffix, found in the text."""
     sizes = range(1, len(part) + 1)
     n_start = bisect.bisect_left(sizes, True, key=lambda n: text.find(part[:n], position) < 0)
     n_end = bisect.bisect_left(sizes, True, key=lambda n: text.find(part[-n:], position) < 0)

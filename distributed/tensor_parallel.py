@@ -1,7 +1,7 @@
 """Tensor parallelism: every worker holds a shard of each layer's weights, and computes that shard for all tokens.
 
 Layers are split in pairs (https://arxiv.org/abs/1909.08053). The first of a pair is column-parallel: it is split by its
-outputs, the query, key and value projections by whole heads. The second is row-parallel: it is split by its inputs, and
+outputs (query, key and value projections by whole heads). The second is row-parallel: it is split by its inputs, and
 the workers' partial sums are all-reduced. Each block needs two all-reduces forward and two backward. Between pairs, all
 workers hold the same hidden states; norms are replicated.
 

@@ -39,7 +39,7 @@ def generate_as_targets(
         max_length: of prompt and response, in tokens.
         stops: called at every token; if it returns True, all responses end there.
         synced: True if all workers gather the model for each token; then a worker whose responses have ended continues
-            until those of all workers have.
+            until the responses of all workers have ended.
         processors: change the logits, then the likeliest token is taken; None means to draw tokens from the softmax.
     """
     prompt_ids, mask = batch["prompt_input_ids"], batch["prompt_attention_mask"]  # (batch_size, longest prompt)

@@ -8,7 +8,7 @@ import numpy as np
 from reporting.intervals import Z
 
 # Inverse variances of normal priors on θ and φ. Without priors the fit is infinite if a wins every pair, or exactly the
-# pairs where its response is longer. φ's prior is wider: where θ and φ could both explain the verdicts, length does.
+# pairs where its response is longer. φ's prior is wider, so length explains what both could explain.
 _PRECISIONS = np.array([0.1, 0.001])
 
 

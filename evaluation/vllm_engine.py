@@ -122,7 +122,7 @@ def generate(job: Job) -> list[list[int]]:
         if code != 0:
             raise UserError(
                 f"engine=vllm: vLLM ended with exit code {code}; what it printed says why. Where memory is short, give "
-                "engine_args.gpu_memory_utilization=0.8 or engine_args.max_model_len; or leave engine=transformers"
+                "engine_args.gpu_memory_utilization=0.8 or engine_args.max_model_len; or use engine=transformers"
             )
         with open(paths[1], encoding="utf-8") as file:
             return [json.loads(line) for line in file]

@@ -5,9 +5,9 @@ rows. Numbers are means over the evaluation examples ± their standard errors. C
 """
 
 if __name__ == "__main__":  # before the imports that take seconds, so that Ctrl-C ends them
-    from basics.interrupts import let_interrupts_end_at_once
+    from basics.interrupts import let_interrupts_end_the_process
 
-    let_interrupts_end_at_once()
+    let_interrupts_end_the_process()
 
 import argparse
 import csv

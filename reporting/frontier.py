@@ -7,9 +7,9 @@ mean of the samples' log-probability under the policy minus that under the refer
 """
 
 if __name__ == "__main__":  # before the imports that take seconds, so that Ctrl-C ends them
-    from basics.interrupts import let_interrupts_end_at_once
+    from basics.interrupts import let_interrupts_end_the_process
 
-    let_interrupts_end_at_once()
+    let_interrupts_end_the_process()
 
 import sys
 

@@ -10,7 +10,7 @@ from basics.files import read_json_lines
 from basics.printing import printable
 from basics.saved_config import flatten, read_saved_config
 
-# keys of paths and logging, which don't change a run's numbers
+# keys of paths, logging, checkpoints and samples, which don't change a run's numbers
 _IGNORED_KEYS = (
     "local_run_dir", "local_dirs", "exp_name", "resume", "resume_anyway", "wandb.", "tensorboard.", "curves", "debug",
     "minimum_log_interval_secs", "fsdp_port", "worker_timeout", "keep_checkpoints", "save_every", "save_optimizer",
@@ -62,7 +62,7 @@ def read_run(directory: str) -> Run:
     except OSError as error:
         raise NoRuns(f"{directory}: no run that has logged anything: {error}") from error
     config = {}
-    with contextlib.suppress(Exception):  # the config is missing or damaged, or refused as it holds more than values
+    with contextlib.suppress(Exception):  # the config is missing, damaged, or refused for what it contains
         flat = flatten(read_saved_config(os.path.join(directory, "config.yaml")))
         config = {key: value for key, value in flat.items() if value != {}}
     name = os.path.basename(os.path.normpath(os.path.abspath(directory)))
@@ -70,7 +70,7 @@ def read_run(directory: str) -> Run:
 
 
 def find_runs(paths: list[str]) -> list[Run]:
-    """Find the runs that paths, patterns and sweeps' directories name, each once; label them by the keys that differ.
+    """Find the runs in the given directories, sweeps and patterns, each once; label them by the keys that differ.
 
     Raises: NoRuns if a path names none.
     """
@@ -79,7 +79,9 @@ def find_runs(paths: list[str]) -> list[Run]:
         matches = [given] if os.path.exists(given) else sorted(glob.glob(given))
         found = [directory for match in matches for directory in _run_dirs(match)]
         if not found:
-            raise NoRuns(f"{given}: no run there; give a run directory (with a metrics.jsonl), a sweep's or a pattern")
+            raise NoRuns(
+                f"{given}: no run there; give a run directory (with a metrics.jsonl), a sweep directory or a pattern"
+            )
         directories |= dict.fromkeys(map(os.path.normpath, found))
     runs = [read_run(directory) for directory in directories]
     _label(runs)

@@ -1,4 +1,4 @@
-"""Read and check summaries of `judge.py`; draw what all pictures of several summaries have in common."""
+"""Read and check summaries of `judge.py`; what the commands that draw several of them share."""
 
 import argparse
 import json
@@ -21,7 +21,7 @@ class BadSummary(ValueError):
     """A file can't be used, alone or with the others; the message says why, and what to do."""
 
 
-class Figure(NamedTuple):
+class Estimate(NamedTuple):
     """A number, and the bounds of its 95 % interval if it has one."""
 
     value: float
@@ -29,7 +29,7 @@ class Figure(NamedTuple):
     high: float | None = None
 
     def shown(self, form: str) -> str:
-        """Format the figure, its numbers in a form such as '.1%'."""
+        """Format the estimate, its numbers in a form such as '.1%'."""
         bounds = "" if self.low is None else f" (95 % {self.low:{form}} to {self.high:{form}})"
         return f"{self.value:{form}}{bounds}"
 
@@ -43,13 +43,13 @@ class Summary:
     checkpoint: str | None  # its name; None means the model as loaded
     examples: int
     temperature: float
-    reward: Figure  # the win rate, or the mean score if there is no b
+    reward: Estimate  # the win rate, or the mean score if there is no b
     n: int  # pairs judged, or responses scored
     a: str
     b: str | None
     judge: str
     judged_by: tuple  # hash of the judge's settings, digest of b's responses: equal if summaries can be compared
-    kl: Figure | None  # from the reference, nats per response
+    kl: Estimate | None  # from the reference, nats per response
     n_kl: int  # responses
     kl_unknown: str | None  # why there is no KL
 
@@ -114,7 +114,7 @@ def _parse(path: str, found: dict) -> Summary:
         raise BadSummary(f"{path}: nothing could be judged (n = 0); run the same judge.py command again")
     if has_b:
         low, high = found["win_rate_ci95"]
-        reward = Figure(float(found["win_rate"]), float(low), float(high))
+        reward = Estimate(float(found["win_rate"]), float(low), float(high))
     else:
         reward = _mean(found, "score")
     (origin,), judge = drawn, _string(found["judge"])
@@ -142,9 +142,9 @@ def _string(value: object) -> str:
     return value
 
 
-def _mean(found: dict, name: str) -> Figure:
+def _mean(found: dict, name: str) -> Estimate:
     mean, error = float(found[name]), found[f"{name}_se"]
-    return Figure(mean, *(mean_interval(mean, None if error is None else float(error)) or ()))
+    return Estimate(mean, *(mean_interval(mean, None if error is None else float(error)) or ()))
 
 
 def what_is_measured(summaries: list[Summary]) -> str:
@@ -161,7 +161,7 @@ def what_is_measured(summaries: list[Summary]) -> str:
     return f"reward: mean score of {first.judge}"
 
 
-def draw_series(groups: dict[str, list[tuple[Figure, Figure]]], labels: tuple[str, str], path: str, shares: bool):
+def draw_series(groups: dict[str, list[tuple[Estimate, Estimate]]], labels: tuple[str, str], path: str, shares: bool):
     """Draw a line with error bars for each group.
 
     If no x has an interval, groups are shifted sideways by a few points (72nds of an inch), so that bars at the same x
@@ -195,7 +195,7 @@ def draw_series(groups: dict[str, list[tuple[Figure, Figure]]], labels: tuple[st
         )  # fmt: skip
         for point in points:  # the axes' limits would ignore points that are shifted
             for i in (1, 2):
-                axis.update_datalim([[figure.value if figure[i] is None else figure[i] for figure in point]])
+                axis.update_datalim([[estimate.value if estimate[i] is None else estimate[i] for estimate in point]])
     axis.autoscale_view()
     if shares:
         axis.axhline(0.5, color="gray", linewidth=0.8, linestyle=":")
@@ -204,23 +204,23 @@ def draw_series(groups: dict[str, list[tuple[Figure, Figure]]], labels: tuple[st
     save_figure(figure, path)
 
 
-def _bars(figures: list[Figure]) -> tuple[list[float], list[list[float]] | None]:
+def _bars(estimates: list[Estimate]) -> tuple[list[float], list[list[float]] | None]:
     """Return the values, and the lengths of their error bars below and above; None if no value has an interval."""
-    values = [figure.value for figure in figures]
-    if all(figure.low is None for figure in figures):
+    values = [estimate.value for estimate in estimates]
+    if all(estimate.low is None for estimate in estimates):
         return values, None
-    below = [0 if low is None else value - low for value, low, _ in figures]
-    above = [0 if high is None else high - value for value, _, high in figures]
+    below = [0 if low is None else value - low for value, low, _ in estimates]
+    above = [0 if high is None else high - value for value, _, high in estimates]
     return values, [below, above]
 
 
 def command(
     name: str, description: str, draw: Callable[[list[Summary], str], list[tuple[str, ...]]]
 ) -> Callable[[list[str]], str | None]:
-    """Return the `main` of a figure's module.
+    """Return the `main` of a module that draws a picture.
 
     Args:
-        draw: called as `draw(summaries, path)`, it draws the figure and returns the rows of the table to print.
+        draw: called as `draw(summaries, path)`, it draws the picture and returns the rows of the table to print.
     """
 
     def main(words: list[str]) -> str | None:

@@ -225,7 +225,9 @@ class RunTable:
         if self.former:
             change = {key: value - self.former[key] for key, value in metrics.items() if key in self.former}
             if self.former.get("rewards_eval/ties", 0) > 0.5:
-                change.pop("rewards_eval/accuracies", None)  # absent if the loss has changed
+                change.pop(
+                    "rewards_eval/accuracies", None
+                )  # may be missing: the former metrics may come from another loss
             rows.append(self._cells("eval", change, is_change=True) | {"examples": "change"})
         self.former = dict(metrics)
         return lines + [styled(self._line(cells), _BOLD) for cells in rows]

@@ -6,14 +6,14 @@ are printed as a table.
 """
 
 if __name__ == "__main__":  # before the imports that take seconds, so that Ctrl-C ends them
-    from basics.interrupts import let_interrupts_end_at_once
+    from basics.interrupts import let_interrupts_end_the_process
 
-    let_interrupts_end_at_once()
+    let_interrupts_end_the_process()
 
 import sys
 
 from basics.interrupts import interrupts_reported
-from reporting.summaries import BadSummary, Figure, Summary, command, draw_series, what_is_measured
+from reporting.summaries import BadSummary, Estimate, Summary, command, draw_series, what_is_measured
 
 
 def draw(summaries: list[Summary], path: str) -> list[tuple[str, ...]]:
@@ -30,7 +30,7 @@ def draw(summaries: list[Summary], path: str) -> list[tuple[str, ...]]:
     for s in summaries:
         has_others = any(other.run == s.run and other.checkpoint != s.checkpoint for other in summaries)
         label = f"{s.run}, {s.checkpoint}" if has_others else s.run
-        groups.setdefault(label, []).append((Figure(s.temperature), s.reward))
+        groups.setdefault(label, []).append((Estimate(s.temperature), s.reward))
         rows.append((s.run, s.checkpoint or "-", f"{s.temperature:g}", s.reward.shown(".1%"), str(s.n)))
     draw_series(groups, ("sampling temperature", what_is_measured(summaries)), path, shares=True)
     return rows

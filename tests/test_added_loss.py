@@ -62,7 +62,7 @@ def test_added_loss_trains_without_a_reference_by_its_own_formula(parallel, trai
     lines = [line for line in read_jsonl(tmp_path / "run/metrics.jsonl") if line["split"] == "eval"]
     first, last = lines[0], lines[-1]
     assert last["rewards_eval/margins"] > first["rewards_eval/margins"] + 0.1
-    # every toy response has as many tokens, so the mean reward is beta times the mean log-probability over that
+    # all toy responses have the same number of tokens: the mean reward is beta * mean log-probability / that number
     n_tokens = 2.0 * first["logps_eval/chosen"] / first["rewards_eval/chosen"]
     assert n_tokens == pytest.approx(18, abs=0.01)
     # the untrained model hardly tells the responses apart: -log σ(margin - γ) at a margin of about 0
@@ -72,7 +72,7 @@ def test_added_loss_trains_without_a_reference_by_its_own_formula(parallel, trai
 @pytest.mark.parametrize(
     ("yaml", "message"),
     [
-        (None, "error: loss=own_simpo: LOSSES has it, but no config folder has loss/own_simpo.yaml"),
+        (None, "error: loss=own_simpo: LOSSES has this loss, but no config folder has loss/own_simpo.yaml"),
         (
             "beta: 2.0\n",
             "error: loss.name=None: give loss=NAME; the file config/loss/NAME.yaml must name an entry of LOSSES",

@@ -43,7 +43,7 @@ DECISIONS = {
     "predictions of several tokens at once": ("prophetnet", {}, UserError),
     "random routing": ("phimoe", {}, UserError),
 }
-BY_DEFAULT = [  # each decision, for one or two reasons
+BY_DEFAULT = [  # run by default: each decision, with one or two architectures that lead to it
     "a cap on logits", "windows by place in the row", "parallel residuals", "ALiBi", "linear attention", "experts",
     "a decoder of an encoder-decoder", "an encoder used as a decoder", "an encoder", "random routing",
 ]  # fmt: skip

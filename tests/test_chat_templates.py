@@ -1,4 +1,4 @@
-"""Conversations are tokenized as by the model's own chat template, and the response with its end is trained."""
+"""Conversations are tokenized as the model's own chat template renders them; responses and end tokens are trained."""
 
 import json
 import re
@@ -139,7 +139,7 @@ def test_tools_and_tool_calls_reach_the_template(name, read):
         )
         assert [*prompt, *chosen] == whole[:-1] and tokenizer.decode(whole[-1:]) == "\n"
         text = tokenizer.decode(whole)
-        assert '{"name": "weather", "arguments": {"city": "Rome"}}' in text  # without the other call's fields, as nulls
+        assert '{"name": "weather", "arguments": {"city": "Rome"}}' in text  # and no nulls for the other call's fields
         assert '"properties": {"zone": {"type": "string"}}}' in text
     answer = read(tokenizer, {"messages": CALLS[:2], "tools": TOOLS}, sft=True)[1]
     assert '<tool_call>\n{"name": "time", "arguments": {"zone": "CET", "precise": true}}' in tokenizer.decode(answer)

@@ -56,7 +56,7 @@ REFUSED = {  # rows, settings, parts of the message
         {},
         "column 'dialog' may",
     ),
-    "a possible prompt of whole dialogues": (
+    "a column that may hold the prompt of whole dialogues": (
         [{"topic": c, **PAIR} for c in "abab"],
         {},
         r"column 'topic' may belong.*fields=\{prompt: topic\}",

@@ -111,7 +111,7 @@ def assert_names_a_key(output: str, words: list[str]):
 
 
 class ChecksPassed(BaseException):
-    """Raised instead of loading anything, once all checks have passed; no Exception, so that nothing catches it."""
+    """Raised instead of loading anything, once all checks have passed; `except Exception` doesn't catch it."""
 
 
 def refusal(words: list[str], directory: Path) -> str | None:
@@ -155,7 +155,7 @@ def test_random_command_line_is_accepted_or_refused_before_anything_is_loaded(n_
 
 
 @pytest.mark.exhaustive
-def test_accepted_command_line_trains_to_finite_numbers_or_is_refused_by_name(launcher, tmp_path_factory):
+def test_accepted_command_line_trains_to_finite_numbers_or_is_refused_with_the_keys_name(launcher, tmp_path_factory):
     @fuzz(25)
     @given(words=command_lines(plausible))
     @example(words=["optimizer_args={eps:0}"])

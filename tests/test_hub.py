@@ -52,7 +52,7 @@ def hh_files() -> dict[str, bytes]:
 
 
 def hh_viewer_info() -> dict:
-    """Return the dataset viewer's information, which the library asks for columns and numbers of rows."""
+    """Return the dataset viewer's information, from which the library takes columns and numbers of rows."""
     text = {"dtype": "string", "_type": "Value"}
     counts = {split: len(read_jsonl(ORACLE / f"hh/{split}.jsonl")) for split in ("train", "test")}
     splits = {split: {"name": split, "num_bytes": 1, "num_examples": n} for split, n in counts.items()}
@@ -108,7 +108,7 @@ _http.time = types.SimpleNamespace(**vars(time) | {"sleep": lambda seconds: time
 
 @pytest.fixture
 def impatient(train_from_hub, tmp_path_factory):
-    """Return a function like `train_from_hub`'s with which the library retries without waiting."""
+    """Return a function like `train_from_hub`, but the library retries without waiting."""
     return functools.partial(train_from_hub, script=train_after(IMPATIENT, tmp_path_factory.mktemp("impatient")))
 
 

@@ -34,7 +34,8 @@ def test_signal_during_imports_ends_a_command_silently(command, number, tmp_path
 
 
 def test_background_job_still_ignores_interrupts(tmp_path):
-    code = "import signal; from basics.interrupts import *; let_interrupts_end_at_once()\nwith interrupts_reported():\n"
+    code = "import signal; from basics.interrupts import *; let_interrupts_end_the_process()\n"
+    code += "with interrupts_reported():\n"
     code += "    print(signal.getsignal(signal.SIGINT) is signal.SIG_IGN)"
     result = subprocess.run(
         ["sh", "-c", "trap '' INT; exec \"$@\"", "-", sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True,

@@ -201,7 +201,7 @@ def test_failed_requests_are_retried_then_counted_as_failed(judge, endpoint, lau
     kinds = {"no verdict in the answer": 1, "no chat completion": 1, "HTTP 400": 1, "timeout": 1}
     assert summary["failures"] == kinds
     assert (summary["n_judged"], summary["n_failed"]) == (4, 4)
-    assert (summary["wins"], summary["ties"], summary["losses"]) == (2, 1, 1)  # 1, 7; 4; 0
+    assert (summary["wins"], summary["ties"], summary["losses"]) == (2, 1, 1)  # prompts 1 and 7 won, 4 tied, 0 lost
     assert [endpoint.times(number) for number in range(8)] == [2, 2, 2, 2, 0, 1, 2, 1]
     assert "4 pairs FAILED, not counted" in launcher.output
     assert summary["input_tokens"] == 100 * 5  # including the two answers without a verdict
@@ -248,7 +248,11 @@ def test_killed_judge_loses_no_verdict_and_repeats_none(judge, endpoint, launche
     lines = read_jsonl(tmp_path / "v.jsonl")
     assert lines[: len(kept)] == kept
     assert sorted(line["prompt_index"] for line in lines) == list(range(n))
-    assert (summary["wins"], summary["ties"], summary["losses"]) == (20, 0, 20)  # 20 x at i = 19, and 21 y
+    assert (summary["wins"], summary["ties"], summary["losses"]) == (
+        20,
+        0,
+        20,
+    )  # b's are longer up to 19
 
 
 def test_refusing_endpoint_ends_the_command(judge, endpoint):
@@ -258,7 +262,7 @@ def test_refusing_endpoint_ends_the_command(judge, endpoint):
     assert len(endpoint.seen) <= 8
 
 
-def test_no_successful_verdict_is_an_error(judge, endpoint):
+def test_command_without_any_verdict_ends_with_an_error(judge, endpoint):
     endpoint.answer = lambda *_: (400, {}, "no")
     assert "error: no pair could be judged: 7 HTTP 400" in judge.refusal(*endpoint.options)
 

@@ -29,7 +29,7 @@ def model_dir(tmp_path):
 
 
 @pytest.fixture
-def make_oracle(make_trainer, model_dir):
+def make_damaged(make_trainer, model_dir):
     def make(*overrides: str):
         return make_trainer("model=blank_model", f"model.name_or_path={model_dir}", *RUN, *overrides)
 
@@ -63,22 +63,22 @@ MISFITS = {  # an edit of the weights, changes to config.json, and the message
 
 
 @pytest.mark.parametrize("name", MISFITS)
-def test_base_model_whose_weights_do_not_fit_is_refused(name, make_oracle, model_dir):
+def test_base_model_whose_weights_do_not_fit_is_refused(name, make_damaged, model_dir):
     edit, settings, message = MISFITS[name]
     if edit is not None:
         edit_weights(model_dir / "model.safetensors", edit)
     edit_json(model_dir / "config.json", **settings)
     pattern = rf"(?s)model\.name_or_path={model_dir} doesn't fit the model.*{message}"
     with pytest.raises(UserError, match=pattern) as caught:
-        make_oracle()
+        make_damaged()
     assert str(caught.value).count("\n") <= 11
 
 
-def test_model_folder_given_as_archive_must_fit_too(make_oracle, model_dir, tmp_path):
+def test_model_folder_given_as_archive_must_fit_too(make_damaged, model_dir, tmp_path):
     archive = shutil.copytree(model_dir, tmp_path / "archive")
     edit_json(archive / "config.json", num_hidden_layers=1)
     with pytest.raises(UserError, match=rf"model\.archive={archive} doesn't fit the model.*\n  left over: gpt_neox"):
-        make_oracle(f"model.archive={archive}")
+        make_damaged(f"model.archive={archive}")
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -144,65 +144,65 @@ BROKEN_MODELS = {  # a file of the model's folder, and its new content
 
 
 @pytest.mark.parametrize("name", BROKEN_MODELS)
-def test_malformed_model_folder_is_named(name, make_oracle, model_dir):
+def test_malformed_model_folder_is_named(name, make_damaged, model_dir):
     file, text = BROKEN_MODELS[name]
     (model_dir / file).write_text(text)
     key = "the tokenizer" if file.startswith("tokenizer") else "model.name_or_path="
     with pytest.raises(UserError, match=rf"{key}.*{model_dir}"):
-        make_oracle()
+        make_damaged()
 
 
 @pytest.mark.parametrize("key", ["model.name_or_path", "model.tokenizer_name_or_path"])
-def test_file_given_as_a_model_folder_is_refused_with_the_folder(key, make_oracle, model_dir):
+def test_file_given_as_a_model_folder_is_refused_with_the_folder(key, make_damaged, model_dir):
     with pytest.raises(UserError, match=rf"{key}={model_dir}/config.json is a file: .*, {model_dir}$"):
-        make_oracle(f"{key}={model_dir}/config.json")
+        make_damaged(f"{key}={model_dir}/config.json")
 
 
 @pytest.mark.parametrize("key", ["model.name_or_path", "model.archive", "model.adapter", "reference_model.archive"])
-def test_run_directory_given_for_its_checkpoint_is_refused(key, make_oracle, model_dir, tmp_path):
+def test_run_directory_given_instead_of_its_checkpoint_is_refused(key, make_damaged, model_dir, tmp_path):
     (tmp_path / "run" / "LATEST").mkdir(parents=True)
     (tmp_path / "run" / "config.yaml").write_text("")
     with pytest.raises(UserError, match=rf"{key}={tmp_path}/run is a run directory: .*, {key}={tmp_path}/run/LATEST"):
-        make_oracle("loss=dpo", f"{key}={tmp_path}/run")
+        make_damaged("loss=dpo", f"{key}={tmp_path}/run")
 
 
-def test_remedy_for_a_damaged_model_folder_is_another_copy(make_oracle, model_dir):
+def test_remedy_for_a_damaged_model_folder_is_another_copy(make_damaged, model_dir):
     (model_dir / "model.safetensors").write_bytes((model_dir / "model.safetensors").read_bytes()[:-9])
     with pytest.raises(UserError, match="\nCopy or download the folder again, or name another"):
-        make_oracle()
+        make_damaged()
 
 
 @pytest.mark.parametrize("key", ["model.name_or_path", "model.archive"])
-def test_git_lfs_pointer_in_place_of_weights_is_named(key, make_oracle, model_dir, tmp_path):
+def test_git_lfs_pointer_in_place_of_weights_is_named(key, make_damaged, model_dir, tmp_path):
     pointing = shutil.copytree(model_dir, tmp_path / "pointing")
     (pointing / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 9\n")
     with pytest.raises(UserError, match=r"model\.safetensors is a Git LFS pointer.*: get them with git lfs pull"):
-        make_oracle(f"{key}={pointing}")
+        make_damaged(f"{key}={pointing}")
 
 
-def test_pickle_that_is_no_model_is_refused_without_advice_to_run_it(make_oracle, model_dir):
+def test_pickle_that_is_no_model_is_refused_without_advice_to_run_it(make_damaged, model_dir):
     (model_dir / "model.safetensors").unlink()
     for value in (print, [1], {"x": print}, {"gpt_neox.embed_in.weight": 3}):
         torch.save(value, model_dir / "pytorch_model.bin")
         with pytest.raises(UserError, match=r"model\.name_or_path=") as caught:
-            make_oracle()
+            make_damaged()
         assert "weights_only" not in str(caught.value)
     (model_dir / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(UserError, match=r"model\.name_or_path="):
-        make_oracle()
+        make_damaged()
 
 
-def test_non_finite_base_weights_are_named(make_oracle, model_dir):
+def test_non_finite_base_weights_are_named(make_damaged, model_dir):
     edit_weights(model_dir / "model.safetensors", lambda s: {**s, LAST: s[LAST] / 0 * 0})
     with pytest.raises(UserError, match=f"model.name_or_path={model_dir}: weights that are NaN .* in float32: {LAST}"):
-        make_oracle()
+        make_damaged()
 
 
-def test_weights_that_the_references_dtype_cannot_hold_are_named(make_oracle, model_dir):
+def test_weights_that_the_references_dtype_cannot_hold_are_named(make_damaged, model_dir):
     edit_weights(model_dir / "model.safetensors", lambda s: {**s, LAST: torch.full_like(s[LAST], 1e5)})
-    make_oracle("loss=dpo")
+    make_damaged("loss=dpo")
     with pytest.raises(UserError, match=f"weights that are NaN or infinite in float16: {LAST}"):
-        make_oracle("loss=dpo", "model.reference_dtype=float16")
+        make_damaged("loss=dpo", "model.reference_dtype=float16")
 
 
 # ---- archives -------------------------------------------------------------------------------------------------------
@@ -236,11 +236,11 @@ def state(model_dir):
 
 
 @pytest.mark.parametrize("name", BAD_STATES)
-def test_bad_archive_state_is_refused_with_its_reason(name, make_oracle, state, tmp_path):
+def test_bad_archive_state_is_refused_with_its_reason(name, make_damaged, state, tmp_path):
     edit, message = BAD_STATES[name]
     torch.save({"step_idx": 1, "state": edit(state), "metrics": {}}, tmp_path / "bad.pt")
     with pytest.raises(UserError, match=rf"(?s)model\.archive={tmp_path}/bad\.pt.*{message}"):
-        make_oracle(f"model.archive={tmp_path}/bad.pt")
+        make_damaged(f"model.archive={tmp_path}/bad.pt")
 
 
 @pytest.mark.parametrize(
@@ -259,21 +259,21 @@ def test_bad_archive_state_is_refused_with_its_reason(name, make_oracle, state, 
     ],
     ids=str,
 )
-def test_file_that_is_no_archive_is_refused_without_advice_to_run_it(content, make_oracle, tmp_path):
+def test_file_that_is_no_archive_is_refused_without_advice_to_run_it(content, make_damaged, tmp_path):
     if isinstance(content, bytes):
         (tmp_path / "bad.pt").write_bytes(content)
     else:
         torch.save(content, tmp_path / "bad.pt")
     with pytest.raises(UserError, match=rf"model\.archive={tmp_path}/bad\.pt: can't read it as a checkpoint") as caught:
-        make_oracle(f"model.archive={tmp_path}/bad.pt")
+        make_damaged(f"model.archive={tmp_path}/bad.pt")
     assert "weights_only" not in str(caught.value)
     assert "trust" not in str(caught.value)
 
 
-def test_archive_in_another_floating_dtype_loads(make_oracle, state, tmp_path):
+def test_archive_in_another_floating_dtype_loads(make_damaged, state, tmp_path):
     half = {key: tensor.half() for key, tensor in state.items()}
     torch.save({"step_idx": 1, "state": half, "metrics": {}}, tmp_path / "half.pt")
-    policy = make_oracle(f"model.archive={tmp_path}/half.pt").policy
+    policy = make_damaged(f"model.archive={tmp_path}/half.pt").policy
     assert torch.equal(policy.state_dict()[FIRST], half[FIRST].float())
 
 
@@ -324,25 +324,25 @@ BROKEN_ADAPTERS = {
 
 @pytest.mark.parametrize("name", BROKEN_ADAPTERS)
 @pytest.mark.parametrize("loss", mark_exhaustive_except(["sft", "dpo"], "dpo"))
-def test_malformed_adapter_is_named(name, loss, make_oracle, adapter):
+def test_malformed_adapter_is_named(name, loss, make_damaged, adapter):
     file, text = BROKEN_ADAPTERS[name]
     (adapter / file).write_text(text)
     with pytest.raises(UserError, match=rf"model\.adapter={adapter}: "):
-        make_oracle(f"model.adapter={adapter}", f"loss={loss}")
+        make_damaged(f"model.adapter={adapter}", f"loss={loss}")
 
 
-def test_adapter_given_as_the_model_is_refused_with_the_keys_to_set(make_oracle, adapter):
+def test_adapter_given_as_the_model_is_refused_with_the_keys_to_set(make_damaged, adapter):
     message = rf"model.name_or_path={adapter} holds a LoRA adapter, not a model: give its base as model.name_or_path="
     with pytest.raises(UserError, match=f"{message}{ORACLE}/model, and model.adapter={adapter}"):
-        make_oracle(f"model.name_or_path={adapter}")
+        make_damaged(f"model.name_or_path={adapter}")
 
 
-def test_pickle_that_is_no_adapter_is_refused_without_advice_to_run_it(make_oracle, adapter):
+def test_pickle_that_is_no_adapter_is_refused_without_advice_to_run_it(make_damaged, adapter):
     (adapter / "adapter_model.safetensors").unlink()
     for value in (print, {"x": print}, [1], {"x": 1}, {1: torch.ones(1)}):
         torch.save(value, adapter / "adapter_model.bin")
         with pytest.raises(UserError, match=rf"model\.adapter={adapter}: can't load it") as caught:
-            make_oracle(f"model.adapter={adapter}")
+            make_damaged(f"model.adapter={adapter}")
         assert "weights_only" not in str(caught.value)
 
 
@@ -359,10 +359,10 @@ def test_pickle_that_is_no_adapter_is_refused_without_advice_to_run_it(make_orac
     ],
     ids=["missing", "left over", "NaN", "shapes"],
 )
-def test_adapter_that_does_not_fit_is_refused(edit, message, make_oracle, adapter):
+def test_adapter_that_does_not_fit_is_refused(edit, message, make_damaged, adapter):
     edit_weights(adapter / "adapter_model.safetensors", edit)
     with pytest.raises(UserError, match=rf"(?s)model\.adapter={adapter}: .*{message}"):
-        make_oracle(f"model.adapter={adapter}")
+        make_damaged(f"model.adapter={adapter}")
 
 
 BAD_LORA = {
@@ -406,16 +406,16 @@ BAD_LORA = {
 
 
 @pytest.mark.parametrize("override", BAD_LORA)
-def test_impossible_lora_value_is_named(override, make_oracle):
+def test_impossible_lora_value_is_named(override, make_damaged):
     with pytest.raises(UserError, match=rf"(?s)lora.*{BAD_LORA[override]}|^{BAD_LORA[override]}"):
-        make_oracle(override)
+        make_damaged(override)
 
 
-def test_lora_accepts_module_names_that_exist(make_oracle):
+def test_lora_accepts_module_names_that_exist(make_damaged):
     overrides = ["lora={r:2,target_modules:[dense],modules_to_save:[embed_in],exclude_modules:[layers.1.mlp.dense]}"]
     with pytest.raises(UserError, match=r"no 'layers\.1\.mlp\.dense'"):
-        make_oracle(*overrides)
-    trained = dict(make_oracle(overrides[0].replace("mlp.dense", "attention.dense")).policy.named_parameters())
+        make_damaged(*overrides)
+    trained = dict(make_damaged(overrides[0].replace("mlp.dense", "attention.dense")).policy.named_parameters())
     names = [name for name, parameter in trained.items() if parameter.requires_grad]
     assert any("embed_in" in name for name in names)
     assert {name.split(".layers.")[1][0] for name in names if "lora_A" in name} == {"0"}

@@ -8,7 +8,8 @@ import torch
 
 from losses import LOSSES, Memory
 
-# log-probabilities (nats) and lengths (tokens) of six pairs: likely, very unlikely, with equal logps, chosen falling
+# log-probabilities (nats) and lengths (tokens) of six varied pairs; one has very unlikely responses, one has equal
+# log-probabilities, and in some the chosen response is less likely under the policy than under the reference
 POLICY_CHOSEN = np.array([-12.0, -3.5, -40.0, -7.0, -0.02, -25.0])
 POLICY_REJECTED = np.array([-15.0, -2.0, -90.0, -7.0, -6.0, -21.0])
 REFERENCE_CHOSEN = np.array([-13.0, -3.0, -38.5, -7.0, -1.0, -24.0])

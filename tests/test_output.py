@@ -45,7 +45,7 @@ ASCII = "import sys\nfor stream in (sys.stdout, sys.stderr):\n    stream.reconfi
 
 @pytest.fixture(params=mark_exhaustive_except(["streams", "locale"], "streams"))
 def ascii_only(request) -> str:
-    """Return what is limited to ASCII: the streams, as by PYTHONIOENCODING, or the locale, and so the whole process."""
+    """Return what is limited to ASCII: the streams (as by PYTHONIOENCODING), or the locale of the whole process."""
     return request.param
 
 

@@ -121,7 +121,7 @@ def test_existing_file_is_refused_unless_the_same_command_wrote_it(output, tmp_p
 
 
 @pytest.mark.parametrize("output", OUTPUTS)
-def test_name_without_room_for_an_unfinished_file_is_refused(output, tmp_path):
+def test_name_too_long_for_the_suffix_of_an_unfinished_file_is_refused(output, tmp_path):
     check, key, name, _ = OUTPUTS[output]
     suffix = name.removeprefix("x")
     longest = 238 - (len("_summary") if output == "judge_options output" else 0)
@@ -131,7 +131,7 @@ def test_name_without_room_for_an_unfinished_file_is_refused(output, tmp_path):
 
 
 @pytest.mark.parametrize("output", OUTPUTS)
-def test_directory_link_to_nowhere_and_missing_folder_are_refused(output, tmp_path):
+def test_path_that_is_a_directory_or_a_broken_link_or_in_no_folder_is_refused(output, tmp_path):
     check, key, name, _ = OUTPUTS[output]
     (tmp_path / "directory" / name).mkdir(parents=True)
     (tmp_path / "link").mkdir()

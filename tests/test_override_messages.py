@@ -22,7 +22,7 @@ CASES = {  # the words on the command line, separated by |, and parts of the mes
     "lora={r:16": ["'lora={r:16': '{' is never closed"],
     "lora={r:16}}": ["'}' closes nothing"],
     "lora={'r':16}": ["keys inside { } are written without quotes"],
-    "fields={prompt=question}": ["inside { } it is key:value"],
+    "fields={prompt=question}": ["inside { } write key:value, not key=value"],
     "datasets=[a.jsonl": ["'[' is never closed"],
     "datasets=[hh,,shp]": ["there is nothing before or after a comma"],
     "datasets=[data/{a,b}.jsonl]": ["'{' in the middle of a value must be quoted"],

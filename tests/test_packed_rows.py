@@ -97,7 +97,7 @@ def test_attention_windows_work_in_packed_rows(window, shared):
     assert_same(loss_and_gradients(model, response_logps(model, packed_rows(batch, shared)), "dpo"), expected, 1e-9)
 
 
-def test_gradient_of_a_shared_key_sums_both_places():
+def test_gradient_of_a_key_that_both_responses_use_is_the_sum_of_both():
     torch.manual_seed(0)
     rows = packed_rows(BATCHES["ordinary"], shared=True)
     tokens = torch.randn(rows.input_ids.shape[1], 2, 3, dtype=torch.float64, requires_grad=True)
@@ -112,7 +112,7 @@ def test_gradient_of_a_shared_key_sums_both_places():
 
 
 def test_packed_row_with_shared_prompts_has_the_expected_layout():
-    batch = make_batch((2, 1, 2), (1, 0, 1))  # each response gets an end
+    batch = make_batch((2, 1, 2), (1, 0, 1))  # an end token is added to each response
     (p, q), (c, d), (r, s) = (
         [ids[:n] for ids, n in zip(batch[f"{side}_input_ids"].tolist(), lengths, strict=True)]
         for side, lengths in (("chosen", (2, 1)), ("chosen", (4, 2)), ("rejected", (5, 3)))

@@ -74,7 +74,7 @@ def models(tmp_path_factory) -> dict[str, str]:
 
 
 def loaded_in_workers(path: str, words: list[str], is_policy: bool, expected: dict, buffers: dict) -> tuple[bool, int]:
-    """Load a model in all workers and compare it; return True if it was left in files, and the bytes read from them."""
+    """Load a model in all workers and compare it; return True if any were unread at first, and the bytes read."""
     config = compose_config("model=blank_model", "datasets=[toy]", "loss=dpo", f"model.name_or_path={path}", *words)
     read, n_bytes = TensorFiles.read, 0
 
@@ -101,14 +101,14 @@ def loaded_in_workers(path: str, words: list[str], is_policy: bool, expected: di
     return is_unread, n_bytes
 
 
-def whole(path: str, dtype: torch.dtype = torch.float32) -> tuple[dict, dict]:
+def state_and_buffers(path: str, dtype: torch.dtype = torch.float32) -> tuple[dict, dict]:
     model = load_pretrained(path, "test", dtype=dtype)
     return {name: parameter.detach() for name, parameter in model.named_parameters()}, dict(model.named_buffers())
 
 
 @pytest.mark.parametrize("name", mark_exhaustive_except(CONFIGS, *DEFAULT))
 def test_weights_read_in_parts_are_those_of_from_pretrained(name, models, in_workers):
-    state, buffers = whole(models[name])
+    state, buffers = state_and_buffers(models[name])
     n_in_files = sum(tensor.nbytes for tensor in state.values()) / (2 if name == "gpt_neox as on the hub" else 1)
     splits = [[FSDP], [TENSOR]] if name != "mixtral with a tensor per expert" else [[FSDP]]
     for words in splits:
@@ -122,14 +122,14 @@ def test_weights_read_in_parts_are_those_of_from_pretrained(name, models, in_wor
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_workers_of_a_mesh_read_their_parts(name, models, in_workers):
-    state, buffers = whole(models[name])
+    state, buffers = state_and_buffers(models[name])
     for words in ([FSDP, "tensor_parallel=2"], [FSDP, "fsdp_replicate=2"]):
         for is_unread, n_bytes in in_workers(4, loaded_in_workers, models[name], words, True, state, buffers):
             assert n_bytes < 0.65 * sum(tensor.nbytes for tensor in state.values()), is_unread
 
 
 def test_reference_read_in_parts_is_cast_to_policy_dtype_before_policy_mp(models, in_workers):
-    state, buffers = whole(models["llama"], torch.float16)
+    state, buffers = state_and_buffers(models["llama"], torch.float16)
     state = {name: tensor.bfloat16() for name, tensor in state.items()}
     words = [FSDP, "model.policy_dtype=float16", "model.policy_mp=bfloat16"]
     results = in_workers(2, loaded_in_workers, models["llama"], words, False, state, buffers)

@@ -112,7 +112,7 @@ def new_model():
 
 @pytest.fixture
 def train_by_hand(tmp_path):
-    """Return a function that trains a policy with a config that no check has completed, and returns the trainer."""
+    """Return a function that trains a policy with a config that wasn't checked, and returns the trainer."""
 
     def train(policy, *overrides: str, as_dict: bool = False, **kwargs) -> BasicTrainer:
         config = compose_config(*TOY, f"local_dirs=[{tmp_path}/cache]", *overrides)
@@ -135,7 +135,7 @@ def test_trainer_made_by_hand_compares_with_the_reference_it_is_given(as_dict, t
     assert last["counters/examples"] == 4 and (tmp_path / "run" / "LATEST" / "policy.pt").exists()
 
 
-def test_adapter_made_by_hand_is_its_own_reference_when_off(train_by_hand, tmp_path):
+def test_policy_with_its_adapter_off_is_the_reference_of_a_trainer_made_by_hand(train_by_hand, tmp_path):
     policy = get_peft_model(new_model(), LoraConfig(r=2, target_modules="all-linear"))
     trainer = train_by_hand(policy, "lora={r:2}", "lr=1e-3", "warmup_steps=0")
     assert trainer.reference.model is policy

@@ -1,4 +1,4 @@
-"""Every source of the reference's log-probabilities gives the same training; the cache reuses only valid ones."""
+"""Every source of the reference's log-probabilities gives the same training; the cache reuses no outdated ones."""
 
 import functools
 import itertools
@@ -53,9 +53,9 @@ def adapter(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def online_lines(tmp_path_factory):
+def lines_without_cache(tmp_path_factory):
     """Return a function that trains a run with the given overrides, once, and returns its training lines."""
-    make = trainers_in(tmp_path_factory.mktemp("online"))
+    make = trainers_in(tmp_path_factory.mktemp("computed"))
     return functools.cache(lambda *overrides: train_lines(make(*overrides)))
 
 
@@ -67,17 +67,17 @@ def assert_same_training(lines: list[dict], expected: list[dict]):
     assert expected[-1]["loss/train"] != pytest.approx(LN_2, abs=1e-3)  # something has been learned
 
 
-def test_base_under_the_adapter_equals_a_second_model(make_trainer, online_lines):
+def test_base_under_the_adapter_equals_a_second_model(make_trainer, lines_without_cache):
     trainer = make_trainer(*TOY, *LORA, "loss=dpo")
     assert trainer.reference.model is trainer.policy
-    assert_same_training(train_lines(trainer), online_lines(*TOY, *LORA, "reference=model", "loss=dpo"))
+    assert_same_training(train_lines(trainer), lines_without_cache(*TOY, *LORA, "reference=model", "loss=dpo"))
 
 
-def test_copied_adapter_equals_a_second_model_and_stays_as_it_was(make_trainer, adapter, online_lines):
+def test_copied_adapter_equals_a_second_model_and_stays_as_it_was(make_trainer, adapter, lines_without_cache):
     overrides = [*TOY, "loss=dpo", f"model.adapter={adapter}"]
     trainer = make_trainer(*overrides)
     before = {n: p.clone() for n, p in trainer.policy.named_parameters()}
-    assert_same_training(train_lines(trainer), expected := online_lines(*overrides, "reference=model"))
+    assert_same_training(train_lines(trainer), expected := lines_without_cache(*overrides, "reference=model"))
     for name, parameter in trainer.policy.named_parameters():
         is_trained = "lora_" in name and f".{REFERENCE_ADAPTER}." not in name
         assert parameter.requires_grad == is_trained
@@ -100,20 +100,20 @@ PRECOMPUTABLE = {
         ("model, averages", "ipo"),
     ),
 )
-def test_precomputed_reference_trains_as_the_online_one(reference, loss, make_trainer, online_lines):
+def test_precomputed_reference_trains_like_one_computed_in_steps(reference, loss, make_trainer, lines_without_cache):
     overrides = PRECOMPUTABLE[reference]
-    # with an adapter, the online run has a second model as its reference
+    # with an adapter, the run without a cache has a second model as its reference
     online = [*overrides, "reference=model"] if overrides == LORA else overrides
-    expected = online_lines(*TOY, *online, f"loss={loss}")
+    expected = lines_without_cache(*TOY, *online, f"loss={loss}")
     trainer = make_trainer(*TOY, *overrides, f"loss={loss}", "precompute_ref_log_probs=true")
     assert (trainer.reference is None) == (overrides != LORA)  # a second model is not kept
     assert_same_training(train_lines(trainer), expected)
 
 
 @pytest.mark.exhaustive
-def test_precomputed_copied_adapter_equals_online(make_trainer, adapter, online_lines):
+def test_precomputed_copied_adapter_trains_like_one_computed_at_each_step(make_trainer, adapter, lines_without_cache):
     overrides = [*TOY, "loss=dpo", f"model.adapter={adapter}"]
-    expected = online_lines(*overrides, "reference=model")
+    expected = lines_without_cache(*overrides, "reference=model")
     assert_same_training(train_lines(make_trainer(*overrides, "precompute_ref_log_probs=true")), expected)
 
 

@@ -53,7 +53,7 @@ def row(index: int, prompt: object = "p") -> str:
 
 
 BAD = {
-    "nothing": ("", "it has no responses; give JSON Lines as sample.py writes them"),
+    "nothing": ("", "it has no responses; give JSON Lines written by sample.py"),
     "something else": (row(0) + '{"x": 1}\n', "line 2: not a response: its fields are x; give"),
     "a cut-off line": (row(0) + row(1)[:-5], "line 2: invalid JSON: "),
     "a response twice": (row(0) + row(1) + row(0), "line 3: prompt_index=0, sample=0 is listed twice"),

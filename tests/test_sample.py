@@ -66,7 +66,7 @@ def test_complete_file_is_sorted_by_prompt_and_sample_once(tmp_path):
     assert os.path.samestat(path.stat(), sorted_file)
 
 
-@pytest.mark.skipif(os.name != "posix", reason="Windows sorts no file")
+@pytest.mark.skipif(os.name != "posix", reason="on Windows the open file can't be replaced, and stays unsorted")
 def test_link_to_a_file_that_is_sorted_stays_a_link(tmp_path):
     path, link = tmp_path / "elsewhere.jsonl", tmp_path / "samples.jsonl"
     path.write_text("".join(json.dumps({"prompt_index": n, "sample": 0}) + "\n" for n in (1, 0)))

@@ -51,7 +51,7 @@ def one_token_prompts(n: int) -> dict:
     return {"prompt_input_ids": ids, "prompt_attention_mask": torch.ones_like(ids)}
 
 
-class Ids:
+class IdTokenizer:
     """A tokenizer that decodes each id to the character with that number."""
 
     eos_token_id = pad_token_id = 0
@@ -66,7 +66,7 @@ def generate(model, tokenizer, batch: dict, max_length: int) -> list[str]:
 
 
 def generate_ids(model, batch: dict, max_length: int) -> list[list[int]]:
-    return [list(map(ord, response)) for response in generate(model, Ids, batch, max_length)]
+    return [list(map(ord, response)) for response in generate(model, IdTokenizer, batch, max_length)]
 
 
 def test_mixture_of_experts_that_returns_router_logits_is_sampled():
@@ -77,7 +77,7 @@ def test_mixture_of_experts_that_returns_router_logits_is_sampled():
     )  # fmt: skip
     model = MixtralForCausalLM(config).eval()
     batch = one_token_prompts(2)
-    assert len(generate(model, Ids, batch, max_length=8)) == 2
+    assert len(generate(model, IdTokenizer, batch, max_length=8)) == 2
     assert model.config.output_router_logits
     assert model(batch["prompt_input_ids"]).aux_loss is not None  # sampling has restored the setting
 

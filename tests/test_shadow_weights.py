@@ -205,14 +205,14 @@ def test_unshadowed_layers_are_plain_again_also_for_accelerate():
     layer._old_forward = layer.forward  # accelerate's hooks between GPUs call this
     shadow_linear_weights(model)
     assert layer._old_forward.__func__ is ShadowedLinear.forward
-    computed(model)
+    autocast_logps(model)
     unshadow_linear_weights(model)
     assert layer._old_forward.__func__ is nn.Linear.forward
     assert all(type(module) is nn.Linear for module in model.modules() if isinstance(module, nn.Linear))
     assert "_copies" not in layer.__dict__
 
 
-def computed(model: nn.Module) -> torch.Tensor:
+def autocast_logps(model: nn.Module) -> torch.Tensor:
     with torch.autocast("cpu", torch.bfloat16):
         return response_logps(model, shared_rows(BATCH))
 
@@ -221,9 +221,9 @@ def computed(model: nn.Module) -> torch.Tensor:
 def test_rounded_frozen_weights_equal_autocast_in_half_the_memory(architecture):
     model = small_model(architecture)
     with torch.no_grad():
-        expected = computed(model)
-        assert round_if_equal(model, torch.bfloat16, lambda: computed(model))
-        assert torch.equal(computed(model), expected)
+        expected = autocast_logps(model)
+        assert round_if_equal(model, torch.bfloat16, lambda: autocast_logps(model))
+        assert torch.equal(autocast_logps(model), expected)
     linear = [layer for layer in model.modules() if type(layer) is nn.Linear and layer.weight.dtype == torch.bfloat16]
     assert linear or architecture == "gpt2"  # GPT-2's linear layers are of another class
     assert model.get_input_embeddings().weight.dtype == torch.float32
@@ -234,5 +234,5 @@ def test_model_whose_numbers_depend_on_the_dtype_of_weights_is_not_rounded():
     layer = model.model.layers[0].mlp.down_proj
     layer.register_forward_hook(lambda module, _inputs, output: output * (1 + (module.weight.dtype == torch.bfloat16)))
     before = dict(model.named_parameters())
-    assert not round_if_equal(model, torch.bfloat16, lambda: computed(model))
+    assert not round_if_equal(model, torch.bfloat16, lambda: autocast_logps(model))
     assert all(parameter is before[name] for name, parameter in model.named_parameters())

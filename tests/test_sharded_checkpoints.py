@@ -52,7 +52,7 @@ def test_sharded_checkpoints_hold_the_same_state_as_whole_ones(never_stopped, la
     assert launcher.run(*RUN, "trainer=FSDPTrainer", f"local_run_dir={whole}", n_workers=2) == 0, launcher.output
     assert sorted(os.listdir(never_stopped)) == sorted(os.listdir(whole))
     assert os.readlink(never_stopped / "BEST") == os.readlink(whole / "BEST")
-    for name in PLAIN:  # at the end of a run
+    for name in PLAIN:  # which only a run's last checkpoint has
         assert (never_stopped / "LATEST" / name).read_bytes() == (whole / "LATEST" / name).read_bytes(), name
     index = json.loads((never_stopped / "LATEST/model.safetensors.index.json").read_text())
     assert {*index["weight_map"].values()} == {"model.safetensors"}  # not the shards, which vLLM would read
@@ -186,8 +186,8 @@ def edit_index(directory: Path, edit):
 
 WEIGHT = "policy.gpt_neox.embed_in.weight"
 INDEXES = {
-    "a tensor less": (lambda index: index["tensors"].pop(WEIGHT), r"missing: gpt_neox\.embed_in\.weight"),
-    "a piece less": (lambda index: index["tensors"][WEIGHT]["pieces"].clear(), "lists 0 of 262144 values"),
+    "a missing tensor": (lambda index: index["tensors"].pop(WEIGHT), r"missing: gpt_neox\.embed_in\.weight"),
+    "a missing piece": (lambda index: index["tensors"][WEIGHT]["pieces"].clear(), "lists 0 of 262144 values"),
     "another file": (lambda index: index.update(files=["../x.safetensors"]), "LATEST/x.safetensors: can't read"),
     "no dtype": (lambda index: index["tensors"][WEIGHT].update(dtype="save"), "shards.json: can't read it"),
     "a later format": (lambda index: index.update(format=2), "format 2; this version reads format 1"),

@@ -76,7 +76,7 @@ class Tokenizer:
 
 
 def make_batch(*parts: tuple[int, int, int], max_length: int = MAX_LENGTH, same: bool = False) -> dict:
-    """Return pairs with these numbers of tokens in prompt, chosen and rejected (each response gets an end)."""
+    """Return pairs with these numbers of tokens in prompt, chosen and rejected; responses also get an end token."""
     generator = torch.Generator().manual_seed(1)
     texts = [[tuple(torch.randint(1, VOCAB, (n,), generator=generator).tolist()) for n in lengths] for lengths in parts]
     if same:

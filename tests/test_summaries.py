@@ -16,7 +16,7 @@ DRAWN = {"run": "dpo", "checkpoint": "LATEST", "examples": 100, "temperature": 1
 
 
 def write_summary(path, origin: dict | None = None, **found) -> str:
-    """Write a summary as judge.py does, with made-up numbers and without the values "absent"."""
+    """Write a summary as judge.py does, with made-up numbers; leave out keys whose value is "absent"."""
     found = {"a": f"{path.stem}.jsonl", "b": "rows.jsonl", "judge": "model", "judge_model": "org/rm", "settings": "s",
              "b_digest": "d", "drawn": [DRAWN | (origin or {})], "kl": 2.0, "kl_se": 0.5, "n_kl": 10,
              **found}  # fmt: skip

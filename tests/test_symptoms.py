@@ -36,7 +36,7 @@ def warnings_of(symptoms: Symptoms, *evaluations: dict) -> list[str]:
     [("dpo", math.log(2)), ("ipo", 25.0), ("robust_dpo", math.log(2)), ("hinge", 1.0), ("exo", None), ("sft", None),
      ("simpo", None), ("dpo_nll", None), ("orpo", None)],
 )  # fmt: skip
-def test_loss_at_the_reference_is_known_for_each_loss(name, expected):
+def test_loss_at_the_reference_is_the_expected_number_or_none(name, expected):
     value = loss_at_reference(config(name=name).loss)
     if name == "exo":  # a constant without a short formula
         assert value is not None
@@ -53,16 +53,16 @@ def test_loss_at_the_reference_is_finite_or_none_for_every_loss():
             assert value is None or math.isfinite(value), name
 
 
-SHOWN = {
+EVALUATIONS_WITH = {
     "overfitting": [evaluation(loss=0.71)] * N_EVALUATIONS,
     "accuracy-at-chance": [evaluation(accuracy=0.52)] * N_EVALUATIONS,
     "falling-together": [evaluation(chosen=-50.0, rejected=-60.0)] * N_EVALUATIONS,
 }
 
 
-@pytest.mark.parametrize("name", SHOWN)
+@pytest.mark.parametrize("name", EVALUATIONS_WITH)
 def test_symptom_is_reported_once_after_several_evaluations_in_a_row(name):
-    symptoms, shown = Symptoms(config()), SHOWN[name]
+    symptoms, shown = Symptoms(config()), EVALUATIONS_WITH[name]
     assert warnings_of(symptoms, *shown[:-1], evaluation(), *shown[:-1]) == []
     (text,) = warnings_of(symptoms, shown[0])
     assert "\n" not in text and "Try " in text and text.endswith(f"; see docs/metrics.md#{name}")
@@ -71,7 +71,7 @@ def test_symptom_is_reported_once_after_several_evaluations_in_a_row(name):
 
 def test_healthy_run_reports_no_symptoms():
     good = [evaluation(0, 0.6931, 0.0, 0.0, 0.0)] * 5
-    good += [evaluation(chosen=-2.0, rejected=-40.0), evaluation(0.4), evaluation(chosen=3.0, rejected=1.0)] * 4
+    good += [evaluation(chosen=-2.0, rejected=-40.0), evaluation(loss=0.4), evaluation(chosen=3.0, rejected=1.0)] * 4
     good += [evaluation(chosen=-1.0, rejected=-1.1)] * 5  # a twentieth of a nat per token
     assert warnings_of(Symptoms(config()), *good) == []
     assert warnings_of(Symptoms(config(name="simpo")), *[{"counters/examples": 8, "loss/eval": 9.0}] * 5) == []
@@ -91,7 +91,7 @@ def test_constant_clipping_is_reported():
 def test_symptom_links_exist_in_the_docs():
     headings = re.findall(r"^#+ (.*)$", (REPOSITORY / "docs/metrics.md").read_text(), re.MULTILINE)
     anchors = {heading.lower().replace(" ", "-") for heading in headings}
-    assert {*SHOWN, "always-clipped"} <= anchors
+    assert {*EVALUATIONS_WITH, "always-clipped"} <= anchors
 
 
 @pytest.mark.exhaustive

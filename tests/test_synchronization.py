@@ -66,7 +66,7 @@ def on_meta(trainer: trainers.BasicTrainer) -> dict:
 CACHED = "loss=dpo precompute_ref_log_probs=true optimizer=AdamW"
 
 
-# in padded rows without a mask, Transformers looks for packed sequences once per forward pass
+# not SFT without packed rows: in padded rows without a mask, Transformers reads the device to look for packed sequences
 @pytest.mark.parametrize(
     "variant",
     mark_exhaustive_except(

@@ -55,7 +55,9 @@ ODD_CONFIGS = {
 }
 BATCH = make_batch((9, 4, 7), (3, 6, 2), (12, 1, 5))
 TOLERANCE = 1e-10
-FEW = [(2, name) for name in ("gpt2", "phi3", "qwen3")]  # fused weights; several in one; norms of heads
+FEW = [
+    (2, name) for name in ("gpt2", "phi3", "qwen3")
+]  # fused q, k and v; fused gate and up projections, too; norms per head
 ALL = mark_exhaustive_except(((n, name) for n in (2, 4) for name in CONFIGS), lambda case: case in FEW)
 MOST = mark_exhaustive_except(
     [*((2, name) for name in ("gpt2", "gptj", "gpt_neox", "llama3", "qwen3", "phi3")), (4, "gpt2"), (4, "qwen3")],
@@ -117,7 +119,10 @@ def check_equals_dense(name: str, checkpointing: bool = False):
 
 
 def check_parameters(name: str):
-    """Check that meta tensors get their values bit for bit, and that each worker holds only its share."""
+    """Split a model without values, give it the dense model's, and check that it returns them bit for bit.
+
+    Each worker must hold only its share.
+    """
     dense = make_model(CONFIGS[name])
     split = copy.deepcopy(dense)
     on_meta = {p: nn.Parameter(p.to("meta")) for p in split.parameters()}
@@ -125,12 +130,12 @@ def check_parameters(name: str):
         module._parameters.update({n: on_meta[p] for n, p in module._parameters.items() if p is not None})
     parallelize(split, mesh_of_all())
     values, given = dense.state_dict(), {}
-    for name_of, parameter in split.named_parameters(remove_duplicate=False):
+    for parameter_name, parameter in split.named_parameters(remove_duplicate=False):
         assert parameter.is_meta
-        value = values[name_of]
+        value = values[parameter_name]
         if isinstance(parameter, DTensor):
             value = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
-        owner, _, attribute = name_of.rpartition(".")
+        owner, _, attribute = parameter_name.rpartition(".")
         setattr(split.get_submodule(owner), attribute, given.setdefault(parameter, nn.Parameter(value)))
 
     tied = dense.get_input_embeddings().weight is dense.get_output_embeddings().weight
@@ -139,12 +144,12 @@ def check_parameters(name: str):
     assert list(split.state_dict()) == list(values)
     assert all(torch.equal(full(value), values[n]) for n, value in split.state_dict().items())
 
-    for name_of, parameter in split.named_parameters():
+    for parameter_name, parameter in split.named_parameters():
         if isinstance(parameter, DTensor):
             kept = parameter.to_local().untyped_storage().nbytes() / parameter.itemsize
-            assert kept <= parameter.numel() / dist.get_world_size() * 1.1 or "embed" in name_of
+            assert kept <= parameter.numel() / dist.get_world_size() * 1.1 or "embed" in parameter_name
         else:
-            assert parameter.ndim == 1 or name_of == "transformer.wpe.weight"  # norms and biases after a sum
+            assert parameter.ndim == 1 or parameter_name == "transformer.wpe.weight"  # norms and biases after a sum
     ids = BATCH["chosen_input_ids"]
     assert torch.allclose(split(ids).logits, dense(ids).logits, rtol=TOLERANCE)
 
@@ -254,7 +259,7 @@ def check_large_logits(name: str):
 
 
 def numbers_sent(name: str) -> tuple[int, int]:
-    """Return the number of tokens, and of the elements sent to get their log-probabilities from hidden states."""
+    """Return the number of tokens, and the number of tensor elements sent to compute their log-probabilities."""
     _, split = dense_and_split(name)
     rows = padded_rows(BATCH)
     hidden_states, head = torch.randn(len(rows.targets), 32).double(), split.get_output_embeddings()
@@ -298,28 +303,28 @@ def test_activation_checkpointing_does_not_change_the_numbers(n_workers, name, i
 
 
 @pytest.mark.parametrize(("n_workers", "name"), ALL)
-def test_parameters_convert_both_ways_and_are_split(n_workers, name, in_workers):
+def test_split_parameters_hold_a_share_and_gather_to_the_dense_values(n_workers, name, in_workers):
     in_workers(n_workers, check_parameters, name)
 
 
 @pytest.mark.parametrize(("n_workers", "name"), MOST)
-def test_generation_equals_the_dense_models(n_workers, name, in_workers):
+def test_generation_equals_that_of_the_dense_model(n_workers, name, in_workers):
     in_workers(n_workers, check_generation, name)
 
 
 @pytest.mark.parametrize(("n_workers", "name"), MOST)
-def test_adapters_equal_the_dense_models(n_workers, name, in_workers):
+def test_adapters_equal_those_of_the_dense_model(n_workers, name, in_workers):
     in_workers(n_workers, check_adapters, name)
 
 
 @pytest.mark.parametrize("optimizer", mark_exhaustive_except(["RMSprop", "AdamW"], "RMSprop"))
 @pytest.mark.parametrize(("n_workers", "name"), SOME)
-def test_training_equals_the_dense_models(n_workers, name, optimizer, in_workers):
+def test_training_equals_that_of_the_dense_model(n_workers, name, optimizer, in_workers):
     in_workers(n_workers, check_training, name, optimizer)
 
 
 @pytest.mark.parametrize(("n_workers", "name"), MOST)
-def test_autocast_equals_the_dense_models(n_workers, name, in_workers):
+def test_autocast_equals_that_of_the_dense_model(n_workers, name, in_workers):
     in_workers(n_workers, check_autocast, name)
 
 

@@ -25,7 +25,7 @@ def finished(launcher):
     return launcher.directory / "whole", launcher.directory / "half"
 
 
-def test_checkpoint_older_than_the_train_state_resumes(launcher, finished, tmp_path):
+def test_checkpoint_without_its_config_resumes(launcher, finished, tmp_path):
     whole, run_dir = finished[0], tmp_path / "run"
     shutil.copytree(finished[1], run_dir)
     config = OmegaConf.load(run_dir / "config.yaml")

@@ -169,7 +169,7 @@ def test_template_without_tools_refuses_them(name):
 
 
 def test_dialogue_is_divided_at_turns_even_if_the_template_moves_the_system_text():
-    """As Mistral's, the template writes it into the last question: the prompt's, or a later one in a whole dialogue."""
+    """Like Mistral's, this template writes the system text into the last question that it is given."""
     tokenizer = make_tokenizer(*SPECIAL["mistral"])
     dialogue = "<s>[INST] Hi[/INST]|⟦ Yes</s>⟧[INST] Be brief.\n\nAnd you?[/INST]⟦ Fine.</s>⟧"
     tokenizer.chat_template = MISTRAL_V3.replace("loop.last and system", "message == questions[-1] and system")
@@ -295,7 +295,7 @@ def test_prompt_that_ends_with_an_answer_is_refused_with_the_remedy():
         marked(make_tokenizer(*SPECIAL["qwen 3"]), Example([HI, YES], [[FINE]]))
 
 
-def test_report_names_the_row_and_then_the_difference_from_the_generation_prompt(tmp_path, capfd):
+def test_error_names_the_row_and_the_report_says_what_dialogues_lack_of_the_generation_prompt(tmp_path, capfd):
     tokenizer, rows = reasoning_tokenizer(), [
         {"prompt": [HI], "chosen": [YES], "rejected": [FINE]},
         {"prompt": [AND], "chosen": [THOUGHTS], "rejected": [FINE]},
@@ -350,7 +350,7 @@ def test_decoded_response_shows_neither_prompt_nor_special_tokens():
 
 
 def masked_batch() -> dict:
-    """Return pairs whose responses have untrained gaps; the last two begin with untrained tokens that differ."""
+    """Return pairs whose responses have untrained gaps; the last pair's two responses begin with untrained tokens."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(n: int) -> list[int]:
@@ -378,7 +378,7 @@ def test_layouts_score_labelled_tokens_as_the_original_does(make_rows):
     expected = original_logps(model, batch)
     torch.testing.assert_close(response_logps(model, make_rows(batch)), expected, rtol=1e-9, atol=1e-9)
     n_trained = torch.cat([response_lengths(batch[f"{side}_labels"]) for side in ("chosen", "rejected")])
-    assert n_trained.tolist() == [4, 4, 1, 2, 5, 4, 2, 3]  # an empty prompt's first token is predicted by nothing
+    assert n_trained.tolist() == [4, 4, 1, 2, 5, 4, 2, 3]  # nothing predicts the first token after an empty prompt
 
 
 def test_packed_rows_predict_the_same_tokens_as_padded_ones():
