@@ -72,17 +72,20 @@ def read_run(directory: str) -> Run:
 def find_runs(paths: list[str]) -> list[Run]:
     """Find the runs in the given directories, sweeps and patterns, each once; label them by the keys that differ.
 
+    Of several directories, those without a run are left out: the shell's `SWEEP/*` also names jobs that have failed.
+
     Raises: NoRuns if a path names none.
     """
     directories: dict[str, None] = {}
+    remedy = "give a run directory (with a metrics.jsonl), a sweep directory or a pattern"
     for given in paths:
         matches = [given] if os.path.exists(given) else sorted(glob.glob(given))
         found = [directory for match in matches for directory in _run_dirs(match)]
-        if not found:
-            raise NoRuns(
-                f"{given}: no run there; give a run directory (with a metrics.jsonl), a sweep directory or a pattern"
-            )
+        if not found and not os.path.isdir(given):
+            raise NoRuns(f"{given}: no run there; {remedy}")
         directories |= dict.fromkeys(map(os.path.normpath, found))
+    if not directories:
+        raise NoRuns(f"{', '.join(paths)}: no run there; {remedy}")
     runs = [read_run(directory) for directory in directories]
     _label(runs)
     return runs

@@ -93,6 +93,9 @@ def test_runs_are_labelled_by_the_settings_that_differ(tmp_path):
     assert len(find_runs([f"{tmp_path}/sweep", f"{tmp_path}/sweep/b0.1"])) == 2
     assert [run.label for run in find_runs([f"{tmp_path}/sweep/b0.1"])] == ["b0.1"]
     (tmp_path / "empty").mkdir()
+    assert len(find_runs([f"{tmp_path}/empty", f"{tmp_path}/sweep/b0.1"])) == 1
+    with pytest.raises(NoRuns, match="no run there; give a run directory"):
+        find_runs([f"{tmp_path}/nowhere", f"{tmp_path}/sweep/b0.1"])
     for nothing in ("nowhere", "empty", "no*"):
         with pytest.raises(NoRuns, match="no run there; give a run directory"):
             find_runs([str(tmp_path / nothing)])
