@@ -126,7 +126,7 @@ def _announce_remote_code(name: str, options: dict):
 def _remote_code_hint(error: Exception) -> str:
     if "trust_remote_code" not in str(error):
         return ""
-    return "\nmodel.trust_remote_code=true runs the model's own code with your rights: read it first"
+    return "\nmodel.trust_remote_code=true runs the model's own code with your permissions: read it first"
 
 
 def configured_dropout_rates(config: DictConfig) -> dict[str, float]:

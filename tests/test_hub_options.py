@@ -143,7 +143,7 @@ def test_remote_code_runs_only_with_trust_remote_code(trainer, own_code, train_f
     result = train_from_hub(*overrides, n_workers=n_workers)
     assert result.returncode == 1
     assert "Traceback" not in result.stderr
-    assert "model.trust_remote_code=true runs the model's own code with your rights" in result.stderr
+    assert "model.trust_remote_code=true runs the model's own code with your permissions" in result.stderr
     assert not list(hub_address.home.rglob("modules/**/modeling_own.py"))
 
     result = train_from_hub(*overrides, "model.trust_remote_code=true", n_workers=n_workers)
