@@ -357,12 +357,14 @@ def _load_prompts(
     if not prepared:
         prepared |= prepare(choice, settings, tokenizer, mode, accepted_kinds, cache_dir, silent)
     if len(prompts := prepared[split]) == 0:
-        is_held_out = "test_rows" not in prompts.info
-        reason = (
-            "all prompts are held out for evaluation; add other prompts, make test_fraction smaller, or give a folder "
-            "with train.jsonl and test.jsonl"
-        )
-        raise UserError(f"{split_name(choice.name, split)}: {reason if is_held_out else 'no usable rows; add some'}")
+        reason = "no usable rows; add some"
+        if "test_rows" not in prompts.info:
+            smaller = "make test_fraction smaller, " if settings.test_fraction > 0.5 else ""  # one is always held out
+            reason = (
+                f"all prompts are held out for evaluation; add other prompts, {smaller}or give a folder with "
+                "train.jsonl and test.jsonl"
+            )
+        raise UserError(f"{split_name(choice.name, split)}: {reason}")
     return prompts
 
 

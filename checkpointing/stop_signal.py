@@ -31,7 +31,7 @@ class StopSignal:
         self.received = signal.Signals(number).name
         for number in SIGNALS:
             signal.signal(number, signal.SIG_DFL)
-        text = f"\n{self.received}: stopping as soon as this step is done and saved; a second signal ends it at once\n"
+        text = f"\n{self.received}: stopping after this step; what is done is saved. A second signal ends it at once\n"
         with contextlib.suppress(OSError):  # the output may be closed
             os.write(1, text.encode())  # a print may be under way
 

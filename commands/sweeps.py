@@ -34,7 +34,7 @@ from commands.run_directory import is_run_dir_given
 from config_checks.schema import REPOSITORY
 from distributed import environment, launch
 from reporting.metric_names import ACCURACY, LOSS, larger_is_better
-from reporting.runs import evaluations, last_evaluation
+from reporting.runs import evaluations
 from reporting.terminal import aligned
 from utils import UserError, on_rank0, rank0_print
 
@@ -76,13 +76,18 @@ class SweepLog:
         return aligned(lines)
 
 
+def evaluations_after_training(run_dir: str) -> list[dict[str, float]]:
+    """Return a run's evaluations except the one before training, which `keep_best` doesn't count, either."""
+    return [line for line in evaluations(run_dir) if line["counters/examples"] > 0]
+
+
 def result_of(run_dir: str, keep_best: str | None) -> float | None:
     """Return the value that a sweeper optimizes: the best of `keep_best`'s metric or, by default, the last loss/eval.
 
-    As for `keep_best`, the evaluation before training doesn't count. If there is no other, return None.
+    If the run hasn't been evaluated after training began, return None.
     """
     metric = keep_best or LOSS
-    trained = [line for line in evaluations(run_dir) if line["counters/examples"] > 0]
+    trained = evaluations_after_training(run_dir)
     values = [line[metric] for line in trained if line.get(metric) is not None]
     if not values or keep_best is None:
         return values[-1] if values else None
@@ -133,7 +138,8 @@ def _run_and_record(
     except SystemExit as ended:
         exit_code, status = ended.code, "stopped" if ended.code == EXIT_CODE else "failed"
     finally:
-        last, error = last_evaluation(run_dir), exit_code if isinstance(exit_code, str) else None
+        last = (evaluations_after_training(run_dir) or [{}])[-1]
+        error = exit_code if isinstance(exit_code, str) else None
         if error is not None:
             print(printable(error), file=sys.stderr, flush=True)
         if on_rank0():
@@ -255,15 +261,30 @@ class _Sweep:
         for row in rows:
             if row["error"]:
                 rank0_print(printable(f"{row['overrides']}: {row['error']}"))
-        if results := {row["overrides"]: row["result"] for row in rows if row["result"] is not None}:
-            best = (max if larger_is_better(self.metric) else min)(results, key=results.get)
-            rank0_print(f"Best by {self.metric}: {best} ({results[best]:.4f})")
-        rank0_print(f"To compare its runs: python -m reporting.compare {shlex.quote(self.directory)}")
+        if best := _best_job(rows, self.metric):
+            rank0_print(best)
+        rank0_print(f"To compare its runs, in {REPOSITORY}: python -m reporting.compare {shlex.quote(self.directory)}")
         statuses = {row["status"] for row in rows}
         if statuses != {"complete"}:
             command = resume_command({"hydra.sweep.dir": self.directory, "resume": "auto"})
             rank0_print(f"To resume the incomplete jobs: {command}", file=sys.stderr)
             sys.exit(EXIT_CODE if "stopped" in statuses else 1)
+
+
+def _best_job(rows: list[dict], metric: str) -> str | None:
+    """Return the line that names the best of the complete jobs; None if none has a value.
+
+    If the sweep varies the loss, its jobs' losses have different scales, so accuracy decides instead.
+    """
+    results, note = {row["overrides"]: row["result"] for row in rows}, ""
+    if metric == LOSS and any(re.search(r"(^| )loss[.=]", row["overrides"]) for row in rows):
+        results = {row["overrides"]: row[ACCURACY] for row in rows if row["result"] is not None}
+        metric, note = ACCURACY, "; losses can't be compared between these jobs"
+    results = {overrides: value for overrides, value in results.items() if value is not None}
+    if not results:
+        return None
+    best = (max if larger_is_better(metric) else min)(results, key=results.get)
+    return f"Best by {metric}: {best} ({results[best]:.4f}{note})"
 
 
 def report():

@@ -173,7 +173,8 @@ def print_report(train: BatchIterator | None, test: BatchIterator, tokenizer):
     if train is not None:
         if train.sft_mode and train.n_pairs.any():
             rank0_print(
-                "loss=sft imitates the chosen responses; the rejected ones are not used (loss=dpo trains on both)"
+                "loss=sft imitates the SFT targets (of your own data, the chosen responses); rejected responses are "
+                "not used (loss=dpo trains on both)"
             )
         dropped = f"; dropped {counted(train.n_dropped, 'leftover example')}" if train.n_dropped else ""
         n_examples = counted(train.epoch_size, "example")

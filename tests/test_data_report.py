@@ -227,7 +227,7 @@ def test_report_lists_what_is_not_used(report):
 
 
 def test_report_says_that_sft_does_not_use_rejected_responses(report):
-    note = "loss=sft imitates the chosen responses; the rejected ones are not used (loss=dpo trains on both)"
+    note = "(of your own data, the chosen responses); rejected responses are not used (loss=dpo trains on both)"
     assert note in report(numbered(6), "loss=sft")
     assert note not in report(numbered(6))
     assert note not in report([{"prompt": f"Q {i}", "completion": " yes"} for i in range(6)], "loss=sft")

@@ -85,7 +85,7 @@ def test_one_prompt_is_held_out_of_few(read, tmp_path):
         train, test = read(path), read(path, split="test")
         assert len(test) == 1 and len(train) == n - 1
     path = write(tmp_path / "one.jsonl", numbered(1) * 3)
-    with pytest.raises(UserError, match="train split: all prompts are held out for evaluation; add other prompts"):
+    with pytest.raises(UserError, match="all prompts are held out for evaluation; add other prompts, or give a folder"):
         read(path)
 
 

@@ -13,6 +13,7 @@ from launcher import Run, wait_until
 from test_cli import TOY
 
 from checkpointing.stop_signal import EXIT_CODE
+from commands.sweeps import _best_job, evaluations_after_training
 
 SHORT = [*TOY, "n_examples=8", "sample_during_eval=false", "lr=1e-3", "loss=dpo"]
 
@@ -72,6 +73,28 @@ def test_sweep_has_one_directory_with_named_jobs_and_prints_a_table(launcher, tm
     assert launcher.output.count("This run is complete") == 2
     assert launcher.output.count("building policy") == 1  # nothing is loaded for the complete jobs
     assert [row[2] for row in table(launcher.output)[1:]] == ["complete"] * 3
+
+
+def test_best_job_is_chosen_by_accuracy_if_the_loss_varies():
+    def row(overrides: str, loss: float | None, accuracy: float | None) -> dict:
+        return {"overrides": overrides, "result": loss, "rewards_eval/accuracies": accuracy}
+
+    rows = [row("loss.beta=0.1", 0.5, 0.7), row("loss.beta=0.5", 0.9, 0.8), row("loss.beta=1", None, 0.9)]
+    assert _best_job(rows, "loss/eval") == (
+        "Best by rewards_eval/accuracies: loss.beta=0.5 (0.8000; losses can't be compared between these jobs)"
+    )
+    assert _best_job([row("loss=sft", 0.5, None), row("loss=sft_tokens", 0.4, None)], "loss/eval") is None
+    rows = [row("lr=1e-5", 0.5, 0.7), row("lr=1e-6", 0.9, 0.8)]
+    assert _best_job(rows, "loss/eval") == "Best by loss/eval: lr=1e-5 (0.5000)"
+    assert _best_job(rows[:0], "loss/eval") is None
+
+
+def test_table_leaves_out_the_evaluation_before_training(tmp_path):
+    lines = [{"split": "eval", "counters/examples": n, "loss/eval": loss} for n, loss in ((0, 0.69), (8, 0.5))]
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(lines[0]) + "\n")
+    assert evaluations_after_training(str(tmp_path)) == []
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert evaluations_after_training(str(tmp_path)) == lines[1:]
 
 
 def test_failing_job_is_reported_and_the_others_run(launcher, tmp_path):
