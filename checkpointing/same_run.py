@@ -9,10 +9,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from basics.outputs import is_sharded
+from basics.repository import REPOSITORY
 from basics.saved_config import read_saved_config
 from checkpointing import fingerprints
 from checkpointing.train_state import read_state_json, training_settings, versions
-from config_checks.schema import REPOSITORY, default_config
+from config_checks.schema import default_config
 from data.batches import split_name
 from references import resolved_reference
 from utils import UserError, rank0_print

@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from basics.interrupts import INTERRUPTED, interrupts_reported
 from basics.printing import printable
+from basics.repository import REPOSITORY
 from checkpointing.stop_signal import EXIT_CODE
 from commands import sweeps
 from commands.exit_on_signals import exit_on_signals
@@ -19,7 +20,7 @@ from commands.output import SHOWS_TRACEBACK, errors_reported, keep_output_going
 from commands.run_directory import default_run_dir, in_sweep
 from commands.start_again import with_config_of_run
 from config_checks.explanations import explain_flags, explain_hydra_error
-from config_checks.schema import CONFIG_DIR, FREE_KEYS, REPOSITORY, names_in
+from config_checks.schema import CONFIG_DIR, FREE_KEYS, names_in
 from distributed import launch
 from objectives.modifiers import UNLISTED
 from utils import UserError, get_local_dir

@@ -26,12 +26,12 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from basics.files import append_json_lines, read_json_lines
 from basics.locks import in_turn, locked_directory
 from basics.printing import printable
+from basics.repository import REPOSITORY, python_path
 from checkpointing.resume import SWEEP, resume_command
 from checkpointing.stop_signal import EXIT_CODE
 from commands.exit_on_signals import exit_on_signals
 from commands.output import errors_reported
 from commands.run_directory import is_run_dir_given
-from config_checks.schema import REPOSITORY
 from distributed import environment, launch
 from reporting.metric_names import ACCURACY, LOSS, larger_is_better
 from reporting.runs import evaluations
@@ -241,7 +241,7 @@ class _Sweep:
         self.id = f"{time.time():.0f}-{os.getpid()}"
         os.environ[SWEEP] = json.dumps({"id": self.id, "fixed": fixed_keys(config)})
         # other processes find our modules, wherever the command was given
-        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
+        os.environ["PYTHONPATH"] = python_path()
         if on_rank0():
             origin = f"hydra.sweep.dir={self.directory}"
             self.stack.enter_context(locked_directory(self.directory, origin, "another sweep is running there"))

@@ -2,16 +2,15 @@
 
 import functools
 import os
-from pathlib import Path
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from basics.links import NAMES, followed
+from basics.repository import REPOSITORY
 from basics.saved_config import flatten
 from losses import LOSSES
 from utils import UserError
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 CONFIG_DIR = REPOSITORY / "config"
 # sections whose keys are defined elsewhere: by PEFT, optimizers, schedules and datasets
 FREE_KEYS = ("lora", "optimizer_args", "lr_scheduler_args", "dataset_paths", "fields")

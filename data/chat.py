@@ -8,15 +8,14 @@ import functools
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
+from basics.repository import REPOSITORY
 from data.messages import BadExample
 from data.rows import Example, shared_start
 from data.template_limits import TemplateLimit, check_length, limited
 from data.turns import STAND_IN, Dialogue, Span, holds, is_assistants
 from utils import UserError
 
-_HUMAN_ASSISTANT = Path(__file__).resolve().parent.parent / "assets" / "human_assistant.jinja"
 _REFUSED, _ALTERED = "refused by the chat template", "altered by the chat template"
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -112,7 +111,7 @@ class Renderer:
             raise UserError(
                 "messages need a chat template, and the tokenizer has none; take an instruct model's "
                 "(model.tokenizer_name_or_path), or give one: chat_template=FILE, e.g. "
-                f"chat_template={_HUMAN_ASSISTANT} for 'Human:' and 'Assistant:'"
+                f"chat_template={REPOSITORY}/assets/human_assistant.jinja for 'Human:' and 'Assistant:'"
             )
 
     def _apply(self, tools: list | None, messages: list[dict], **kwargs) -> tuple[str, list[Span]]:

@@ -18,8 +18,8 @@ from omegaconf import DictConfig
 
 from basics.outputs import holds_model, is_sharded
 from basics.printing import counted
+from basics.repository import REPOSITORY, python_path
 from config_checks.overrides import quoted_path
-from config_checks.schema import REPOSITORY
 from data.chat import end_token_ids
 from utils import UserError, rank0_print
 
@@ -115,10 +115,11 @@ def generate(job: Job) -> list[list[int]]:
         with open(paths[0], "w", encoding="utf-8") as file:
             json.dump(dataclasses.asdict(job), file)
         rank0_print(f"Drawing {counted(len(job.prompts), 'sample')} by vLLM from {job.engine['model']}")
-        search = os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])])
         # -P: modules in the current directory can't shadow vLLM's
         command = [sys.executable, "-P", "-m", "evaluation.vllm_engine", *paths]
-        code = subprocess.run(command, env={**os.environ, "PYTHONPATH": search}, stdin=subprocess.DEVNULL).returncode
+        code = subprocess.run(
+            command, env={**os.environ, "PYTHONPATH": python_path()}, stdin=subprocess.DEVNULL
+        ).returncode
         if code != 0:
             raise UserError(
                 f"engine=vllm: vLLM ended with exit code {code}; what it printed says why. Where memory is short, give "

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from basics.repository import REPOSITORY, python_path
 from reporting.terminal import warning
 
-_REPOSITORY = Path(__file__).resolve().parent.parent
 _SHARE = 0.02  # of the run's time that drawing may take
 _FIRST_AFTER = 100.0  # seconds of training before the first picture
 _LONGEST, _LONGEST_AFTER_FAILURE = 60, 5  # seconds to wait for the last picture; a stopped job may be killed soon
@@ -49,12 +49,11 @@ class CurvesDrawer:
         if not self.can_draw:
             return
         self.started = time.monotonic()
-        paths = os.pathsep.join([str(_REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])])
-        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": python_path()}
         command = [sys.executable, "-m", "reporting.curves", self.run_dir]
         try:
             self.process = subprocess.Popen(
-                command, cwd=_REPOSITORY, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                command, cwd=REPOSITORY, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE, start_new_session=True,
             )  # fmt: skip
         except OSError as error:
