@@ -359,8 +359,8 @@ def _check_sources(config: DictConfig):
             raise UserError(f"{key}={name} is a file: give the folder that holds it, {os.path.dirname(name) or '.'}")
     for source in sources(config):
         for field in ("name_or_path", "archive", "adapter"):
-            key, path = source.key(field), getattr(source, field) or ""
-            if os.path.isfile(os.path.join(path, "config.yaml")) and os.path.isdir(os.path.join(path, "LATEST")):
+            key, path = source.key(field), getattr(source, field)
+            if path is not None and all(os.path.exists(os.path.join(path, name)) for name in ("config.yaml", "LATEST")):
                 raise UserError(f"{key}={path} is a run directory: give a checkpoint in it, {key}={path}/LATEST")
         key, name, archive = source.key("name_or_path"), source.name_or_path, source.archive
         if os.path.exists(os.path.join(name, "adapter_config.json")):  # transformers would load base and adapter

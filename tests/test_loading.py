@@ -166,6 +166,13 @@ def test_run_directory_given_instead_of_its_checkpoint_is_refused(key, make_dama
         make_damaged("loss=dpo", f"{key}={tmp_path}/run")
 
 
+def test_run_directory_may_be_the_current_directory(make_damaged, model_dir, tmp_path, monkeypatch):
+    (tmp_path / "run" / "LATEST").mkdir(parents=True)
+    (tmp_path / "run" / "config.yaml").write_text("")
+    monkeypatch.chdir(tmp_path / "run")
+    assert make_damaged("loss=dpo").config.model.archive is None
+
+
 def test_remedy_for_a_damaged_model_folder_is_another_copy(make_damaged, model_dir):
     (model_dir / "model.safetensors").write_bytes((model_dir / "model.safetensors").read_bytes()[:-9])
     with pytest.raises(UserError, match="\nCopy or download the folder again, or name another"):
