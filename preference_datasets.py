@@ -439,9 +439,9 @@ def get_batch_iterator(
                             shard, mismatched, order, **lengths)  # fmt: skip
     if batches.epoch_size == 0:
         where = split_name(", ".join(choice.name for choice in choices), split)
-        n_examples = counted(batches.n_dropped, "example")
         raise UserError(
-            f"{where}: {n_examples}, fewer than one batch of {batch_size}; make batch_size smaller or add data"
+            f"{where}: {counted(batches.n_dropped, 'example')}, fewer than one batch of {batch_size}; make batch_size "
+            "smaller or add data"
         )
     return batches
 

@@ -34,7 +34,7 @@ from commands.output import errors_reported
 from commands.run_directory import is_run_dir_given
 from distributed import environment, launch
 from reporting.metric_names import ACCURACY, LOSS, larger_is_better
-from reporting.runs import evaluations
+from reporting.runs import after_training, evaluations
 from reporting.terminal import aligned
 from utils import UserError, on_rank0, rank0_print
 
@@ -76,19 +76,14 @@ class SweepLog:
         return aligned(lines)
 
 
-def evaluations_after_training(run_dir: str) -> list[dict[str, float]]:
-    """Return a run's evaluations except the one before training, which `keep_best` doesn't count, either."""
-    return [line for line in evaluations(run_dir) if line["counters/examples"] > 0]
-
-
 def result_of(run_dir: str, keep_best: str | None) -> float | None:
     """Return the value that a sweeper optimizes: the best of `keep_best`'s metric or, by default, the last loss/eval.
 
     If the run hasn't been evaluated after training began, return None.
     """
     metric = keep_best or LOSS
-    trained = evaluations_after_training(run_dir)
-    values = [line[metric] for line in trained if line.get(metric) is not None]
+    lines = after_training(evaluations(run_dir))
+    values = [line[metric] for line in lines if line.get(metric) is not None]
     if not values or keep_best is None:
         return values[-1] if values else None
     return (max if larger_is_better(metric) else min)(values)
@@ -138,7 +133,7 @@ def _run_and_record(
     except SystemExit as ended:
         exit_code, status = ended.code, "stopped" if ended.code == EXIT_CODE else "failed"
     finally:
-        last = (evaluations_after_training(run_dir) or [{}])[-1]
+        last = (after_training(evaluations(run_dir)) or [{}])[-1]
         error = exit_code if isinstance(exit_code, str) else None
         if error is not None:
             print(printable(error), file=sys.stderr, flush=True)
@@ -276,11 +271,11 @@ def _best_job(rows: list[dict], metric: str) -> str | None:
 
     If the sweep varies the loss, its jobs' losses have different scales, so accuracy decides instead.
     """
-    results, note = {row["overrides"]: row["result"] for row in rows}, ""
+    column, note = "result", ""
     if metric == LOSS and any(re.search(r"(^| )loss[.=]", row["overrides"]) for row in rows):
-        results = {row["overrides"]: row[ACCURACY] for row in rows if row["result"] is not None}
-        metric, note = ACCURACY, "; losses can't be compared between these jobs"
-    results = {overrides: value for overrides, value in results.items() if value is not None}
+        column, metric, note = ACCURACY, ACCURACY, "; losses can't be compared between these jobs"
+    complete = [row for row in rows if row["result"] is not None]
+    results = {row["overrides"]: row[column] for row in complete if row[column] is not None}
     if not results:
         return None
     best = (max if larger_is_better(metric) else min)(results, key=results.get)

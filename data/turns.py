@@ -46,9 +46,7 @@ class Dialogue:
         """
         self.apply, self.end_token, self.is_marked = apply, end_token, is_marked
         self.messages, self.n_prompt = prompt + response, len(prompt)
-        self._stand_ins: dict[
-            int, str
-        ] = {}  # maps id(message) to a placeholder that is rendered in place of its content
+        self._stand_ins: dict[int, str] = {}  # maps id(message) to a placeholder rendered in place of its content
         self.text = self.render(self.messages)
 
     def render(self, messages: list[dict], **kwargs) -> str:

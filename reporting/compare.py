@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from basics.interrupts import interrupts_reported
 from basics.printing import markdown, printable
 from reporting.metric_names import ACCURACY, KL, LOSS, MARGIN, larger_is_better
-from reporting.runs import NoRuns, Run, differing_keys, distinguishing_keys, find_runs, short_values
+from reporting.runs import NoRuns, Run, after_training, differing_keys, distinguishing_keys, find_runs, short_values
 from reporting.terminal import LOG_FILE_WIDTH, aligned, width, wrapped
 
 METRICS = (ACCURACY, LOSS, MARGIN, "nll_eval/chosen", "logratios_eval/chosen", KL)  # shown if measured
@@ -55,7 +55,7 @@ class Comparison:
 
     def best(self, run: Run) -> dict[str, float]:
         """Return a run's best evaluation since training began, by the metric that sorts the rows; {} if none."""
-        trained = [line for line in run.eval if line["counters/examples"] > 0 and self.sorted_by in line]
+        trained = [line for line in after_training(run.eval) if self.sorted_by in line]
         pick = max if larger_is_better(self.sorted_by) else min
         return pick(trained, key=lambda line: line[self.sorted_by], default={})
 
@@ -79,7 +79,7 @@ def compare(runs: list[Run], sort: str | None = None) -> Comparison:
 
     Raises: NoRuns if there are none, or none has the metric `sort`.
     """
-    runs = [run for run in runs if any(line["counters/examples"] > 0 for line in run.eval)]
+    runs = [run for run in runs if after_training(run.eval)]
     if not runs:
         raise NoRuns("none of these runs has been evaluated since it began to train")
     measured = list(dict.fromkeys(name for run in runs for name in run.eval[-1] if "/" in name))

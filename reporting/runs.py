@@ -43,6 +43,11 @@ def evaluations(run_dir: str) -> list[dict[str, float]]:
         return []
 
 
+def after_training(lines: list[dict[str, float]]) -> list[dict[str, float]]:
+    """Leave out the evaluation before the first step, which neither `keep_best` nor comparisons count."""
+    return [line for line in lines if line["counters/examples"] > 0]
+
+
 def last_evaluation(run_dir: str) -> dict[str, float]:
     """Return a run's last evaluation; an empty dict if there is none."""
     return (evaluations(run_dir) or [{}])[-1]

@@ -210,10 +210,8 @@ class RunTable:
     def train(self, means: dict[str, float]) -> list[str]:
         """Return the line of means over the steps since the last line, with a header above it now and then."""
         examples, lines = means["counters/examples"], self._header("train", means)
-        cells = self._cells("train", means) | {
-            "examples": f"{examples}/{self.n_examples}",
-            "left": self.time_left(examples),
-        }
+        progress = {"examples": f"{examples}/{self.n_examples}", "left": self.time_left(examples)}
+        cells = self._cells("train", means) | progress
         return [*lines, self._line(cells)]
 
     def evaluation(self, metrics: dict[str, float]) -> list[str]:
@@ -225,9 +223,7 @@ class RunTable:
         if self.former:
             change = {key: value - self.former[key] for key, value in metrics.items() if key in self.former}
             if self.former.get("rewards_eval/ties", 0) > 0.5:
-                change.pop(
-                    "rewards_eval/accuracies", None
-                )  # may be missing: the former metrics may come from another loss
+                change.pop("rewards_eval/accuracies", None)  # another loss's metrics may lack it
             rows.append(self._cells("eval", change, is_change=True) | {"examples": "change"})
         self.former = dict(metrics)
         return lines + [styled(self._line(cells), _BOLD) for cells in rows]

@@ -153,9 +153,7 @@ def test_glob_pattern_reads_the_matching_files(read, tmp_path):
         (tmp_path / "b/run" / name).write_text("{}\n")
     (tmp_path / "b/loop").symlink_to("..")  # a link that leads to all of them again
     assert read(f"{tmp_path}/**/*.jsonl") == found["train"]
-    write(
-        tmp_path / "[x]*.jsonl", numbered(2)
-    )  # an existing file's name is taken as it is, even if it looks like a pattern
+    write(tmp_path / "[x]*.jsonl", numbered(2))  # the name of a file isn't read as a pattern
     assert len(read(f"{tmp_path}/[x]*.jsonl")) == 1
 
 

@@ -201,9 +201,7 @@ def test_dataset_entry_sets_truncation_and_path(mode, monkeypatch, tokenizer, tm
         return {prompt: {"responses": [" a", " b"], "pairs": [(0, 1)], "sft_target": " a"}}
 
     (tmp_path / "prompt.txt").write_text("first " * 30 + "last " * 30)
-    entry = (
-        Dataset(get_xyz) if mode == "keep_end" else Dataset(get_xyz, truncation_mode=mode)
-    )  # the default is keep_end
+    entry = Dataset(get_xyz) if mode == "keep_end" else Dataset(get_xyz, truncation_mode=mode)  # keep_end by default
     monkeypatch.setitem(DATASETS, "xyz", entry)
     (batch,) = get_batch_iterator(
         ["xyz"], tokenizer, n_epochs=1, silent=True, paths={"xyz": str(tmp_path)}, max_length=20, max_prompt_length=10

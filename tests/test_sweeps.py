@@ -13,7 +13,8 @@ from launcher import Run, wait_until
 from test_cli import TOY
 
 from checkpointing.stop_signal import EXIT_CODE
-from commands.sweeps import _best_job, evaluations_after_training
+from commands.sweeps import _best_job
+from reporting.runs import after_training, evaluations
 
 SHORT = [*TOY, "n_examples=8", "sample_during_eval=false", "lr=1e-3", "loss=dpo"]
 
@@ -89,12 +90,12 @@ def test_best_job_is_chosen_by_accuracy_if_the_loss_varies():
     assert _best_job(rows[:0], "loss/eval") is None
 
 
-def test_table_leaves_out_the_evaluation_before_training(tmp_path):
+def test_evaluation_before_training_is_left_out_of_results(tmp_path):
     lines = [{"split": "eval", "counters/examples": n, "loss/eval": loss} for n, loss in ((0, 0.69), (8, 0.5))]
     (tmp_path / "metrics.jsonl").write_text(json.dumps(lines[0]) + "\n")
-    assert evaluations_after_training(str(tmp_path)) == []
+    assert after_training(evaluations(str(tmp_path))) == []
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert evaluations_after_training(str(tmp_path)) == lines[1:]
+    assert after_training(evaluations(str(tmp_path))) == lines[1:]
 
 
 def test_failing_job_is_reported_and_the_others_run(launcher, tmp_path):
