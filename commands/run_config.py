@@ -28,10 +28,12 @@ def read_run_config(run_dir: str) -> DictConfig:
     path = os.path.join(run_dir, "config.yaml")
     if not os.path.isfile(path):
         parent, name = os.path.split(os.path.normpath(run_dir))
-        if os.path.isfile(os.path.join(parent, "config.yaml")):
+        if not os.path.exists(run_dir):
+            hint = closest_sibling(run_dir)
+        elif os.path.isfile(os.path.join(parent, "config.yaml")):
             hint = f" To use a checkpoint, give its run and its name: run={parent or '.'} checkpoint={name}"
         else:
-            hint = "" if os.path.exists(run_dir) else closest_sibling(run_dir)
+            hint = ""
         raise UserError(f"run={run_dir}: no run there, as it has no config.yaml.{hint}")
     try:
         return read_saved_config(path)

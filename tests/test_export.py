@@ -128,6 +128,12 @@ def test_checkpoint_given_for_its_run_is_refused_with_the_keys_to_set(copied):
         run_export(copied / "run" / "LATEST", copied / "plain")
 
 
+def test_mistyped_run_inside_a_run_directory_is_not_taken_for_a_checkpoint(copied, monkeypatch):
+    monkeypatch.chdir(copied / "run")
+    with pytest.raises(UserError, match=r"^run=typo: no run there, as it has no config\.yaml\.$"):
+        run_export(Path("typo"), copied / "plain")
+
+
 def test_adapter_is_not_merged_into_a_base_that_has_changed(finished, copied):
     change_base(copied)
     is_adapter = hasattr(finished[0].policy, "peft_config")
