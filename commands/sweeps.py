@@ -123,10 +123,10 @@ def _run_and_record(
     """
     log, start = SweepLog(HydraConfig.get().sweep.dir), time.monotonic()
     overrides = " ".join(f"{key}={value}" for key, value in job_overrides().items())
-    rank0_print(f"\n== Job {HydraConfig.get().job.num} of the sweep: {overrides}")
     run_dir, status, result, exit_code = HydraConfig.get().runtime.output_dir, "failed", None, None
     try:
         with signals, errors_reported():
+            rank0_print(f"\n== Job {HydraConfig.get().job.num} of the sweep: {overrides}")
             run_dir = _checked_run_dir(config, overrides, log)
             run(config)
         status, result = "complete", result_of(run_dir, config.keep_best)
